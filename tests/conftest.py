@@ -1,0 +1,124 @@
+"""What the tests share: the real data, a real HTTP server, and real processes."""
+
+import collections
+import gzip
+import http.server
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import input_data
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DATA = ROOT / 'MNIST_data'
+NAMES = tuple(input_data._FILES)
+os.environ['no_proxy'] = '127.0.0.1'
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith('TF_')}
+
+
+def write_idx(path, array):
+    """Writes a uint8 array as an IDX file, gzipped if the path says so."""
+    body = struct.pack(f'>{1 + array.ndim}I', 2048 + array.ndim, *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(body) if path.suffix == '.gz' else body)
+
+
+def write_data_set(folder, train=60, test=20, side=(9, 7), classes=10, suffix='.gz'):
+    """Writes a small data set of random images under MNIST's names."""
+    folder.mkdir(exist_ok=True)
+    random = np.random.RandomState(0)
+    for part, count in (('train', train), ('t10k', test)):
+        write_idx(folder / f'{part}-images-idx3-ubyte{suffix}',
+                  random.randint(0, 256, (count, *side)).astype(np.uint8))
+        write_idx(folder / f'{part}-labels-idx1-ubyte{suffix}',
+                  (np.arange(count) % classes).astype(np.uint8))
+    return folder
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder; for each file name, `faults` has what goes wrong in the next requests.
+
+    A fault is a status code, or one of 'cut', 'stall', 'html', 'wrong', 'no length', 'slow'.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder=DATA):
+        self.folder, self.requests = folder, []
+        self.faults = collections.defaultdict(list)
+        self.stalled, self.over = threading.Event(), threading.Event()
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server_port}/'
+
+    def handle_error(self, request, client_address):
+        """A client that goes away is part of the tests."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers one request as its server's faults say."""
+
+    def do_GET(self):
+        server, name = self.server, self.path.lstrip('/')
+        server.requests.append(name)
+        fault = server.faults[name].pop(0) if server.faults[name] else None
+        if isinstance(fault, int):
+            return self.send_error(fault)
+        body = (server.folder / name).read_bytes()
+        if fault == 'html':
+            body = b'<!DOCTYPE html><html><title>Log in to this network</title></html>'
+        elif fault == 'wrong':  # a whole IDX file of the right kind, but other digits
+            array = input_data._read_idx((server.folder / name).open('rb'),
+                                         input_data._FILES[name][0])
+            body = gzip.compress(struct.pack(f'>{1 + array.ndim}I', 2048 + array.ndim,
+                                             *array.shape) + (array[::-1] // 2).tobytes())
+        self.send_response(200)
+        if fault != 'no length':
+            self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        if fault in ('cut', 'stall'):
+            self.wfile.write(body[:len(body) // 2])
+            server.stalled.set()
+            if fault == 'stall':
+                server.over.wait(60)
+            return None
+        return self.wfile.write(body)
+
+    def log_message(self, *args):
+        """Nothing on the tests' screen."""
+
+
+@pytest.fixture
+def server():
+    """A server of the real files on loopback."""
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield running
+        running.over.set()
+        running.shutdown()
+
+
+@pytest.fixture
+def mirrors(server, monkeypatch):
+    """The server in the place of the default mirrors, and no waiting between the rounds."""
+    monkeypatch.setattr(input_data, '_MIRRORS', (server.url,))
+    monkeypatch.setattr(input_data, '_PAUSES', (0, 0, 0))
+    monkeypatch.setattr(input_data, '_TIMEOUT', 0.5)
+    return server
+
+
+def python(*arguments, **options):
+    """Runs a Python process to its end; its result."""
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
+                          timeout=300, **{'cwd': ROOT, 'env': ENVIRONMENT, **options})
+
+
+def start(*arguments, **options):
+    """Starts a Python process, its output and errors in pipes."""
+    return subprocess.Popen([sys.executable, *map(str, arguments)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            **{'cwd': ROOT, 'env': ENVIRONMENT, **options})

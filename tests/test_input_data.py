@@ -1,0 +1,692 @@
+"""The loader: TensorFlow 1.x's contract, minibatches, damaged files, downloads."""
+
+import gzip
+import hashlib
+import inspect
+import io
+import os
+import shutil
+import signal
+import sys
+import tracemalloc
+
+import numpy as np
+import pexpect
+import pytest
+from conftest import DATA, NAMES, ROOT, python, start, write_data_set, write_idx
+
+import input_data
+
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = NAMES
+
+
+@pytest.fixture(scope='module')
+def mnist():
+    return input_data.read_data_sets(DATA, one_hot=True, seed=0)
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """A folder with copies of the real files, to damage."""
+    for name in NAMES:
+        shutil.copy(DATA / name, tmp_path)
+    return tmp_path
+
+
+def numbered(n, **options):
+    """A data set whose images, of one pixel, and labels are their numbers."""
+    numbers = np.arange(n, dtype=np.uint8)
+    return input_data.DataSet(numbers.reshape(n, 1, 1, 1), numbers, dtype='uint8', **options)
+
+
+# The contract
+
+
+@pytest.mark.parametrize('name, parameters', [
+    ('read_data_sets', "(train_dir, fake_data=False, one_hot=False, dtype=<class 'numpy.float32'>,"
+                       " reshape=True, validation_size=5000, seed=None, source_url="
+                       "'https://storage.googleapis.com/cvdf-datasets/mnist/')"),
+    ('load_mnist', "(train_dir='MNIST-data')"),
+    ('DataSet', "(images, labels, fake_data=False, one_hot=False, dtype=<class 'numpy.float32'>, "
+                'reshape=True, seed=None)'),
+    ('extract_images', '(f)'),
+    ('extract_labels', '(f, one_hot=False, num_classes=10)'),
+    ('dense_to_one_hot', '(labels_dense, num_classes)'),
+    ('maybe_download', '(filename, work_directory, source_url)')])
+def test_has_the_names_of_1x_with_their_parameters(name, parameters):
+    assert str(inspect.signature(getattr(input_data, name))) == parameters
+
+
+def test_every_public_name_tells_what_it_is():
+    public = [value for name, value in vars(input_data).items()
+              if inspect.getmodule(value) is input_data and not name.startswith('_')]
+    assert len(public) == 8
+    for value in public:
+        assert inspect.getdoc(value)
+
+
+def test_reads_mnist_in_three_parts(mnist):
+    assert mnist._fields == ('train', 'validation', 'test')
+    assert [part.num_examples for part in mnist] == [55000, 5000, 10000]
+    assert [part.labels.shape for part in mnist] == [(55000, 10), (5000, 10), (10000, 10)]
+    assert {part.labels.dtype for part in mnist} == {np.dtype(np.float64)}
+    assert [part.epochs_completed for part in mnist] == [0, 0, 0]
+    assert mnist.test.labels[:5].argmax(1).tolist() == [7, 2, 1, 0, 4]
+    assert mnist.test.images.shape == (10000, 784)
+
+
+def test_validation_is_the_first_training_examples(mnist):
+    with gzip.open(DATA / TRAIN_LABELS) as f:
+        labels = np.frombuffer(f.read()[8:], np.uint8)
+    assert (mnist.validation.labels.argmax(1) == labels[:5000]).all()
+    assert (mnist.train.labels.argmax(1) == labels[5000:]).all()
+
+
+def test_images_are_the_bytes_times_1_over_255_to_the_bit(mnist):
+    with gzip.open(DATA / TEST_IMAGES) as f:
+        pixels = np.frombuffer(f.read()[16:], np.uint8).reshape(10000, 784)
+    expected = pixels.astype(np.float32) * np.float32(1 / 255)
+    fresh = input_data.read_data_sets(DATA).test
+    batch = fresh.next_batch(10000, shuffle=False)[0]
+    assert batch.dtype == fresh.images.dtype == np.float32
+    assert batch.tobytes() == fresh.images.tobytes() == expected.tobytes()
+    assert fresh.images.min() == 0 and fresh.images.max() == 1
+
+
+def test_labels_are_class_numbers_unless_one_hot():
+    labels = input_data.read_data_sets(DATA).test.labels
+    assert labels.dtype == np.uint8 and labels.shape == (10000,)
+    assert labels[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+@pytest.mark.parametrize('name', ['float32', 'uint8'])
+def test_takes_tensorflows_and_numpys_dtypes_and_their_names(name, tmp_path):
+    import tensorflow as tf
+    write_data_set(tmp_path)
+    for dtype in (name, getattr(np, name), np.dtype(name), getattr(tf, name)):
+        part = input_data.read_data_sets(tmp_path, dtype=dtype, validation_size=5).train
+        assert part.images.dtype == part.next_batch(3)[0].dtype == name
+
+
+def test_uint8_images_are_the_bytes():
+    part = input_data.read_data_sets(DATA, dtype='uint8').test
+    with gzip.open(DATA / TEST_IMAGES) as f:
+        assert part.images.tobytes() == f.read()[16:]
+
+
+def test_reshape_false_keeps_rows_and_columns():
+    part = input_data.read_data_sets(DATA, reshape=False).test
+    assert part.next_batch(3)[0].shape == (3, 28, 28, 1)
+    assert part.images.shape == (10000, 28, 28, 1)
+
+
+@pytest.mark.parametrize('size', [0, 60000])
+def test_validation_can_be_nothing_or_everything(size):
+    mnist = input_data.read_data_sets(DATA, validation_size=size)
+    assert mnist.validation.num_examples == size
+    assert mnist.train.num_examples == 60000 - size
+    empty = mnist.train if size else mnist.validation
+    with pytest.raises(ValueError, match='no examples'):
+        empty.next_batch(1)
+
+
+def test_fake_data_is_ones_of_class_0_without_files(tmp_path):
+    fake = input_data.read_data_sets(tmp_path / 'none', fake_data=True, one_hot=True)
+    images, labels = fake.train.next_batch(3, True)
+    assert np.array_equal(images, np.ones((3, 784)))
+    assert np.array_equal(labels, [[1] + [0] * 9] * 3)
+    assert fake.test.num_examples == 10000
+    labels = input_data.read_data_sets(tmp_path / 'none', fake_data=True).test.next_batch(2)[1]
+    assert np.array_equal(labels, [0, 0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_into_images_and_labels_shows_in_later_batches():
+    for dtype in ('float32', 'uint8'):
+        part = input_data.read_data_sets(DATA, dtype=dtype).validation
+        part.next_batch(50)
+        part.images[:] = 7
+        part.labels[:] = 3
+        images, labels = part.next_batch(50)
+        assert (images == 7).all() and (labels == 3).all()
+
+
+def test_a_batch_is_the_callers_own():
+    part = numbered(10)
+    part.next_batch(10)[0][:] = 99
+    assert part.images.max() == 9
+
+
+def test_a_data_set_does_not_see_later_changes_of_its_callers_bytes():
+    pixels = np.full((4, 2, 2, 1), 255, np.uint8)
+    part = input_data.DataSet(pixels, np.zeros(4))
+    pixels[:] = 0
+    assert (part.next_batch(4)[0] == 1).all()
+
+
+def test_a_data_set_of_other_numbers_is_scaled_as_in_1x():
+    part = input_data.DataSet(np.full((4, 2, 2, 1), 51.0), np.zeros(4))
+    assert part.images.dtype == np.float32
+    assert (part.next_batch(4)[0] == np.float32(51) * np.float32(1 / 255)).all()
+
+
+@pytest.mark.parametrize('images, labels, message', [
+    (np.zeros((3, 2, 2, 1)), np.zeros(4), '3 images, but 4 labels'),
+    (np.zeros((3, 4)), np.zeros(3), r'shape \[3, 4\], expected \[n, rows, columns, 1\]'),
+    (np.zeros((3, 2, 2, 3)), np.zeros(3), r'shape \[3, 2, 2, 3\]')])
+def test_a_data_set_refuses_arrays_that_do_not_fit(images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        input_data.DataSet(images, labels)
+
+
+def test_extracts_images_and_labels_from_gzip_files():
+    with open(DATA / TEST_IMAGES, 'rb') as f:
+        images = input_data.extract_images(f)
+    assert images.shape == (10000, 28, 28, 1) and images.dtype == np.uint8
+    with open(DATA / TEST_LABELS, 'rb') as f:
+        assert input_data.extract_labels(f)[:3].tolist() == [7, 2, 1]
+    with open(DATA / TEST_LABELS, 'rb') as f:
+        assert input_data.extract_labels(f, one_hot=True, num_classes=12).shape == (10000, 12)
+    with open(DATA / TEST_LABELS, 'rb') as f, pytest.raises(ValueError, match='expected magic'):
+        input_data.extract_images(f)
+
+
+def test_dense_to_one_hot_has_a_1_at_the_class():
+    assert input_data.dense_to_one_hot(np.array([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert input_data.dense_to_one_hot(np.array([], np.uint8), 3).shape == (0, 3)
+    with pytest.raises(ValueError, match='labels from 1 to 3, where .* take 0 to 2'):
+        input_data.dense_to_one_hot(np.array([1, 3]), 3)
+
+
+def test_load_mnist_reads_its_folder_below_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DATA, 'MNIST-data')
+    assert input_data.load_mnist().test.num_examples == 10000
+
+
+@pytest.mark.parametrize('suffix', ['.gz', ''])
+def test_reads_any_data_set_of_these_names_gzipped_or_unpacked(tmp_path, suffix):
+    write_data_set(tmp_path, suffix=suffix)
+    parts = input_data.read_data_sets(tmp_path, one_hot=True, validation_size=7, reshape=False)
+    assert [part.num_examples for part in parts] == [53, 7, 20]
+    assert parts.train.next_batch(2)[0].shape == (2, 9, 7, 1)
+
+
+def test_a_gzipped_file_comes_before_an_unpacked_one(tmp_path):
+    write_data_set(tmp_path)
+    write_data_set(tmp_path, train=99, suffix='')
+    assert input_data.read_data_sets(tmp_path, validation_size=0).train.num_examples == 60
+
+
+def test_an_unpacked_file_under_the_gzipped_name_is_read_too(copies):
+    (copies / TEST_IMAGES).write_bytes(gzip.decompress((copies / TEST_IMAGES).read_bytes()))
+    assert input_data.read_data_sets(copies).test.num_examples == 10000
+
+
+def test_more_than_ten_classes_are_read_as_numbers_only(tmp_path):
+    write_data_set(tmp_path, classes=26)
+    assert input_data.read_data_sets(tmp_path, validation_size=0).train.labels.max() == 25
+    with pytest.raises(ValueError, match=f'{TRAIN_LABELS}: labels from 0 to 25.*one_hot=False'):
+        input_data.read_data_sets(tmp_path, validation_size=0, one_hot=True)
+
+
+def test_copied_alone_it_runs_a_1x_script_without_tensorflow(tmp_path):
+    shutil.copy(ROOT / 'input_data.py', tmp_path)
+    (tmp_path / 'script.py').write_text(
+        'import sys\n'
+        'before = set(sys.modules)\n'
+        'import input_data\n'
+        f'mnist = input_data.read_data_sets({str(DATA)!r}, one_hot=True)\n'
+        'xs, ys = mnist.train.next_batch(100)\n'
+        'print(xs.shape, ys.shape)\n'
+        'imported = {name.split(".")[0] for name in set(sys.modules) - before}\n'
+        'print(imported - sys.stdlib_module_names - {"input_data"})\n')
+    result = python(tmp_path / 'script.py', cwd=tmp_path)
+    shapes, imported = result.stdout.splitlines()
+    assert shapes == '(100, 784) (100, 10)'
+    assert 'numpy' in imported and 'tensorflow' not in imported
+    assert not result.stderr
+
+
+# Minibatches
+
+# SHA-256 of the images and labels of that many batches, in a row, from TensorFlow 1.15.5's loader
+# (tensorflow.examples.tutorials.mnist.input_data, NumPy 1.18, Python 3.7) on the same four files.
+@pytest.mark.parametrize('part, seed, batch_size, batches, options, sha256', [
+    ('train', 0, 50, 2500, {},
+     '015b4e45c7da8a3a3a7266de514adba8fefc37e0e3aa40ed88483e7cdc349d67'),
+    ('train', 42, 128, 1000, {},
+     '5ddefcd16d89fce766d108d6936e9711e3b8ebf01d94f1049c7c729d1f18db55'),
+    ('validation', 7, 333, 60, {},
+     '2676c0ec72df2259162561cef78633322f94cbd80edea1204658204f1127c305'),
+    ('test', 2**31 + 5, 50, 450, {},
+     'b5836acd8896adfe83cb616c77d8e102b0376749a9b6945e930c89c7f5d1350c'),
+    ('validation', 1, 1999, 9, {'dtype': 'uint8', 'reshape': False},
+     '68a67492f0bef5a670e1549ad8f62c6bb46df276f57a0e80defc34b7fbba716a'),
+    ('validation', 3, 5000, 5, {},
+     '5dbb275a0ae6c82542992334e7d7f90e3158b8daf1b0f7a19c16954f5dc813df')])
+def test_a_seed_gives_the_batches_of_tensorflow_1_15(part, seed, batch_size, batches, options,
+                                                     sha256):
+    data_set = getattr(input_data.read_data_sets(DATA, one_hot=True, seed=seed, **options), part)
+    digest = hashlib.sha256()
+    for _ in range(batches):
+        for array in data_set.next_batch(batch_size):
+            digest.update(array)
+    assert digest.hexdigest() == sha256
+
+
+def test_shuffle_false_keeps_the_order_where_tensorflow_1_15_did():
+    data_set = input_data.read_data_sets(DATA, seed=5).test
+    digest = hashlib.sha256()
+    for i in range(40):
+        for array in data_set.next_batch(700, shuffle=i % 3 == 0):
+            digest.update(array)
+    assert (digest.hexdigest()
+            == '37b77a7443628f00f1b6c78f5e3dd6e2e305220c8e48705915f5cb3c4c838ad1')
+
+
+def test_numpys_global_random_state_is_neither_used_nor_touched():
+    def draw():
+        part = numbered(100, seed=3)
+        return [part.next_batch(30)[1].tolist() for _ in range(9)]
+
+    np.random.seed(1)
+    state = np.random.get_state()[1].tolist()
+    first = draw()
+    assert np.random.get_state()[1].tolist() == state
+    np.random.seed(2)
+    assert draw() == first
+
+
+def test_two_data_sets_do_not_disturb_each_other():
+    alone, one, other = (numbered(100, seed=3) for _ in range(3))
+    for _ in range(9):
+        other.next_batch(17)
+        assert one.next_batch(30)[1].tolist() == alone.next_batch(30)[1].tolist()
+
+
+def test_without_a_seed_orders_differ():
+    assert numbered(100).next_batch(100)[1].tolist() != numbered(100).next_batch(100)[1].tolist()
+
+
+@pytest.mark.parametrize('n', [1, 2, 7, 50, 100])
+@pytest.mark.parametrize('batch_size', [1, 2, 3, 7, 49, 50, 51, 99, 100, 101, 350])
+def test_batches_of_any_size_join_to_epochs_that_are_permutations(n, batch_size):
+    part = numbered(n, seed=n)
+    drawn, orders = [], set()
+    while len(drawn) < 5 * n + batch_size:
+        images, labels = part.next_batch(batch_size)
+        assert images.ravel().tolist() == labels.tolist()
+        assert len(labels) == batch_size
+        drawn += labels.tolist()
+        # An epoch counts as completed when the batch after it begins.
+        assert part.epochs_completed == (len(drawn) - 1) // n
+    for start in range(0, 5 * n, n):
+        assert sorted(drawn[start:start + n]) == list(range(n))
+        orders.add(tuple(drawn[start:start + n]))
+    assert len(orders) == 5 or n < 50
+
+
+def test_without_shuffling_batches_run_through_the_files_order():
+    part = numbered(7)
+    drawn = sum((part.next_batch(3, shuffle=False)[1].tolist() for _ in range(7)), [])
+    assert drawn == list(range(7)) * 3
+
+
+# Arguments
+
+@pytest.mark.parametrize('batch_size, error, message', [
+    (0, ValueError, 'batch_size is 0, expected at least 1'),
+    (-5, ValueError, 'batch_size is -5'),
+    (2.5, TypeError, 'batch_size is 2.5, expected a whole number'),
+    ('50', TypeError, "batch_size is '50'"),
+    (None, TypeError, 'batch_size is None')])
+def test_a_bad_batch_size_is_refused_and_uses_nothing_up(batch_size, error, message):
+    part = numbered(5, seed=0)
+    with pytest.raises(error, match=message):
+        part.next_batch(batch_size)
+    assert part.next_batch(5)[1].tolist() == numbered(5, seed=0).next_batch(5)[1].tolist()
+
+
+@pytest.mark.parametrize('arguments, error, message', [
+    ({'dtype': 'float64'}, TypeError, "dtype is 'float64', expected float32 or uint8"),
+    ({'dtype': None}, TypeError, 'dtype is None'),
+    ({'dtype': 'number'}, TypeError, 'number'),
+    ({'validation_size': -1}, ValueError, 'validation_size is -1, expected at least 0'),
+    ({'validation_size': 0.5}, TypeError, 'validation_size is 0.5, expected a whole number'),
+    ({'seed': -1}, ValueError, 'seed is -1, expected 0 to 4294967295'),
+    ({'seed': 2**32}, ValueError, 'seed is 4294967296'),
+    ({'seed': 'one'}, TypeError, "seed is 'one', expected a whole number"),
+    ({'seed': 1.5}, TypeError, 'seed is 1.5')])
+def test_a_bad_argument_is_refused_before_any_work(arguments, error, message, tmp_path):
+    for fake_data in (False, True):
+        with pytest.raises(error, match=message):
+            input_data.read_data_sets(tmp_path / 'new', fake_data=fake_data, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_validation_size_over_the_number_of_examples_is_refused():
+    with pytest.raises(ValueError, match='validation_size is 60001, expected 0 to 60000'):
+        input_data.read_data_sets(DATA, validation_size=60001)
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path, mirrors):
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises(NotADirectoryError, match='file is a file, expected a folder'):
+        input_data.read_data_sets(tmp_path / 'file')
+    assert (tmp_path / 'file').read_text() == 'mine'
+    assert not mirrors.requests
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_download(tmp_path, mirrors):
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises(OSError, match='cannot be kept here .*name a folder'):
+        input_data.read_data_sets(tmp_path / 'file' / 'folder')
+    assert not mirrors.requests
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs a folder that not even root '
+                    'can write')
+def test_a_folder_that_cannot_be_written_is_refused_before_any_download(mirrors):
+    with pytest.raises(OSError, match="cannot be kept here .*: '/proc/self'"):
+        input_data.read_data_sets('/proc/self')
+    assert not mirrors.requests
+
+
+# Damaged files
+
+def cut_at_1015808(body):
+    return body[:1015808]
+
+
+def cut_in_half(body):
+    return body[:len(body) // 2]
+
+
+def without_its_last_byte(body):
+    return body[:-1]
+
+
+def with_a_byte_after_it(body):
+    return body + b'!'
+
+
+def with_a_bit_flipped(body):
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 4]) + body[middle + 1:]
+
+
+def with_a_wrong_checksum(body):
+    return body[:-8] + bytes([body[-8] ^ 1]) + body[-7:]
+
+
+def an_html_page(body):
+    return b'<!DOCTYPE html><html><title>403 Forbidden</title></html>'
+
+
+def nothing(body):
+    return b''
+
+
+def a_gzip_file_of_nothing(body):
+    return gzip.compress(b'')
+
+
+def another_kind(body):
+    return gzip.compress(b'\0\0\x08\x02' + gzip.decompress(body)[4:])
+
+
+def one_pixel_short(body):
+    return gzip.compress(gzip.decompress(body)[:-1])
+
+
+def one_pixel_over(body):
+    return gzip.compress(gzip.decompress(body) + b'\0')
+
+
+DAMAGES = [cut_at_1015808, cut_in_half, without_its_last_byte, with_a_byte_after_it,
+           with_a_bit_flipped, with_a_wrong_checksum, an_html_page, nothing,
+           a_gzip_file_of_nothing, another_kind, one_pixel_short, one_pixel_over]
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_file_is_set_aside_and_fetched_anew(damage, copies, mirrors, capsys):
+    whole = (copies / TEST_IMAGES).read_bytes()
+    damaged = damage(whole)
+    (copies / TEST_IMAGES).write_bytes(damaged)
+    assert input_data.read_data_sets(copies).test.num_examples == 10000
+    assert mirrors.requests == [TEST_IMAGES]
+    assert (copies / TEST_IMAGES).read_bytes() == whole
+    aside, = copies.glob('*.damaged-*')
+    assert aside.read_bytes() == damaged
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'{copies / TEST_IMAGES} is damaged: ') and str(aside) in line
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_file_that_cannot_be_fetched_is_named_and_left(damage, copies, mirrors):
+    damaged = damage((copies / TEST_IMAGES).read_bytes())
+    (copies / TEST_IMAGES).write_bytes(damaged)
+    mirrors.faults[TEST_IMAGES] = [404]
+    with pytest.raises(OSError) as caught:
+        input_data.read_data_sets(copies)
+    for part in (f'{TEST_IMAGES} is damaged: ', '404', 'put the file there by hand'):
+        assert part in str(caught.value)
+    assert sorted(os.listdir(copies)) == sorted(NAMES)
+    assert (copies / TEST_IMAGES).read_bytes() == damaged
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_file_of_the_users_own_source_is_refused_and_left(damage, copies, server):
+    damaged = damage((copies / TEST_IMAGES).read_bytes())
+    (copies / TEST_IMAGES).write_bytes(damaged)
+    with pytest.raises(ValueError) as caught:
+        input_data.read_data_sets(copies, source_url=server.url)
+    for part in (f'{TEST_IMAGES} is damaged: ', 'delete it', server.url):
+        assert part in str(caught.value)
+    assert (copies / TEST_IMAGES).read_bytes() == damaged
+    assert not server.requests
+
+
+def test_a_damaged_unpacked_file_is_set_aside_too(copies, mirrors):
+    (copies / TEST_LABELS).unlink()
+    (copies / 't10k-labels-idx1-ubyte').write_bytes(b'\0\0\x08\x01')
+    assert input_data.read_data_sets(copies).test.num_examples == 10000
+    assert (copies / TEST_LABELS).exists()
+    assert not (copies / 't10k-labels-idx1-ubyte').exists()
+
+
+def test_a_second_damaged_file_does_not_replace_the_first_set_aside(copies, mirrors):
+    for content in (b'one', b'two'):
+        (copies / TEST_LABELS).write_bytes(content)
+        input_data.read_data_sets(copies)
+    assert {path.read_bytes() for path in copies.glob('*.damaged-*')} == {b'one', b'two'}
+
+
+def test_mnists_files_do_not_fill_the_gaps_of_another_data_set(tmp_path, mirrors):
+    write_data_set(tmp_path)
+    (tmp_path / TEST_LABELS).unlink()
+    with pytest.raises(ValueError, match=f'{TEST_LABELS} is missing; {TRAIN_IMAGES} beside it is '
+                                         'not from MNIST'):
+        input_data.read_data_sets(tmp_path)
+    (tmp_path / TEST_LABELS).write_bytes(b'damaged')
+    with pytest.raises(ValueError, match=f'{TEST_LABELS} is damaged: .* not from MNIST'):
+        input_data.read_data_sets(tmp_path)
+    assert (tmp_path / TEST_LABELS).read_bytes() == b'damaged'
+    assert not mirrors.requests
+
+
+def test_images_and_labels_of_different_numbers_are_refused(tmp_path):
+    write_data_set(tmp_path)
+    write_idx(tmp_path / TEST_LABELS, np.zeros(19, np.uint8))
+    with pytest.raises(ValueError, match=f'{TEST_IMAGES} holds 20 images, but {TEST_LABELS} 19'):
+        input_data.read_data_sets(tmp_path, validation_size=0)
+
+
+@pytest.mark.parametrize('pack', [gzip.compress, bytes])
+def test_a_header_that_promises_more_than_there_is_costs_no_memory(pack):
+    body = pack(b'\0\0\x08\x03' + b'\x7f\xff\xff\xff' * 3 + bytes(1000))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r'promises 9,903,520,300,447,984,150,353,281,023 bytes, '
+                                         r'\[2147483647, .*\], but it holds 1,000'):
+        input_data.extract_images(io.BytesIO(body))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+# Downloads
+
+def test_an_empty_folder_is_filled(tmp_path, mirrors):
+    mnist = input_data.read_data_sets(tmp_path / 'new' / 'folder')
+    assert mnist.train.num_examples == 55000
+    assert sorted(mirrors.requests) == sorted(NAMES)
+    for name in NAMES:
+        assert (tmp_path / 'new' / 'folder' / name).read_bytes() == (DATA / name).read_bytes()
+    assert len(list((tmp_path / 'new' / 'folder').iterdir())) == 4
+    input_data.read_data_sets(tmp_path / 'new' / 'folder')
+    assert len(mirrors.requests) == 4
+
+
+def test_what_old_scripts_name_as_the_source_comes_from_the_mirrors(tmp_path, mirrors):
+    for number, source_url in enumerate(['http://yann.lecun.com/exdb/mnist/', '', None]):
+        input_data.read_data_sets(tmp_path / str(number), source_url=source_url)
+    assert len(mirrors.requests) == 12
+
+
+def test_a_data_set_comes_from_its_own_source_url(tmp_path, server):
+    server.folder = write_data_set(tmp_path / 'origin')
+    parts = input_data.read_data_sets(tmp_path / 'copy', validation_size=9, source_url=server.url)
+    assert parts.train.num_examples == 51
+
+
+@pytest.mark.parametrize('faults, requests', [
+    ([500], 2), ([503, 429], 3), ([408], 2), (['cut'], 2), (['stall'], 2), (['html'], 2),
+    (['wrong'], 2), (['no length'], 1), ([500, 'cut'], 3)])
+def test_what_may_pass_is_tried_again(faults, requests, copies, mirrors):
+    (copies / TRAIN_IMAGES).unlink()
+    mirrors.faults[TRAIN_IMAGES] = faults
+    assert input_data.read_data_sets(copies).train.num_examples == 55000
+    assert mirrors.requests == [TRAIN_IMAGES] * requests
+    assert sorted(os.listdir(copies)) == sorted(NAMES)
+
+
+@pytest.mark.parametrize('status', [403, 404, 410])
+def test_a_refusal_is_not_tried_again(status, copies, mirrors):
+    (copies / TEST_LABELS).unlink()
+    mirrors.faults[TEST_LABELS] = [status]
+    with pytest.raises(OSError, match=str(status)):
+        input_data.read_data_sets(copies)
+    assert mirrors.requests == [TEST_LABELS]
+
+
+@pytest.mark.parametrize('fault', [403, 500, 'cut', 'stall', 'html', 'wrong'])
+def test_the_next_mirror_is_asked_when_one_fails(fault, copies, mirrors, monkeypatch):
+    monkeypatch.setattr(input_data, '_MIRRORS', (mirrors.url, mirrors.url + '?second='))
+    monkeypatch.setattr(mirrors, 'folder', DATA)
+    (copies / TEST_LABELS).unlink()
+    mirrors.faults[TEST_LABELS] = [fault]
+    (copies / 'mirror').mkdir()
+    asked = []
+    real = input_data._get
+    monkeypatch.setattr(input_data, '_get', lambda url: asked.append(url) or real(
+        url.replace('?second=', '')))
+    assert input_data.read_data_sets(copies).test.num_examples == 10000
+    assert asked == [mirrors.url + TEST_LABELS, mirrors.url + '?second=' + TEST_LABELS]
+
+
+@pytest.mark.parametrize('fault, reason', [
+    (403, 'HTTP Error 403: Forbidden'), (404, 'HTTP Error 404: Not Found'),
+    (500, 'HTTP Error 500: Internal Server Error'), ('cut', 'cut off after 2,271 of 4542 bytes'),
+    ('stall', 'timed out'), ('html', "begins with b'<!DOCTYP'"),
+    ('wrong', "another file than MNIST's")])
+def test_when_all_fails_the_error_names_every_url_and_what_to_do(fault, reason, copies, mirrors,
+                                                                 monkeypatch):
+    nobody = 'http://127.0.0.1:9/'  # the discard port
+    monkeypatch.setattr(input_data, '_MIRRORS', (mirrors.url, nobody))
+    (copies / TEST_LABELS).unlink()
+    mirrors.faults[TEST_LABELS] = [fault] * 3
+    with pytest.raises(OSError) as caught:
+        input_data.read_data_sets(copies)
+    for part in (f'{copies / TEST_LABELS} is missing', f'{mirrors.url}{TEST_LABELS}: ', reason,
+                 f'{nobody}{TEST_LABELS}: ', 'refused', 'put the file there by hand'):
+        assert part in str(caught.value)
+    assert '\n' not in str(caught.value)
+    assert sorted(os.listdir(copies)) == sorted(set(NAMES) - {TEST_LABELS})
+
+
+def test_pauses_between_tries_grow(copies, mirrors, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(input_data, '_MIRRORS', (mirrors.url,))
+    slept = []
+    monkeypatch.setattr(input_data.time, 'sleep', slept.append)
+    (copies / TEST_LABELS).unlink()
+    mirrors.faults[TEST_LABELS] = [500, 500]
+    input_data.read_data_sets(copies)
+    assert len(slept) == 3 and slept[0] == 0 and 0 < slept[1] < slept[2]
+
+
+def test_maybe_download_fetches_a_file_once(tmp_path, server):
+    for _ in range(2):
+        path = input_data.maybe_download(TEST_LABELS, tmp_path / 'new', server.url + TEST_LABELS)
+        assert path == str(tmp_path / 'new' / TEST_LABELS)
+    assert server.requests == [TEST_LABELS]
+    assert (tmp_path / 'new' / TEST_LABELS).read_bytes() == (DATA / TEST_LABELS).read_bytes()
+
+
+def test_maybe_download_takes_files_of_other_names_as_they_are(tmp_path, server):
+    path = input_data.maybe_download('about.md', tmp_path, server.url + 'README.md')
+    assert open(path, 'rb').read() == (DATA / 'README.md').read_bytes()
+
+
+def test_maybe_download_puts_nothing_damaged_in_place(tmp_path, mirrors):
+    mirrors.faults[TEST_LABELS] = ['html'] * 3
+    with pytest.raises(OSError, match='begins with'):
+        input_data.maybe_download(TEST_LABELS, tmp_path, mirrors.url + TEST_LABELS)
+    assert not list(tmp_path.iterdir())
+
+
+# Real processes
+
+def loading(folder, url, prelude=''):
+    """The program, as text, that loads a folder from a mirror."""
+    return (f'import input_data\n{prelude}\n'
+            f'input_data._MIRRORS = ({url!r},)\n'
+            f'print(input_data.read_data_sets({str(folder)!r}).train.num_examples)\n')
+
+
+def test_two_processes_on_one_empty_folder_both_get_good_data(tmp_path, server):
+    processes = [start('-c', loading(tmp_path, server.url)) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0] for process in processes] == ['55000\n'] * 2
+    assert sorted(os.listdir(tmp_path)) == sorted(NAMES)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_download_that_is_stopped_leaves_nothing_and_the_next_is_good(number, tmp_path, server):
+    server.faults[TRAIN_IMAGES] = ['stall']
+    process = start('-c', loading(tmp_path, server.url))
+    assert server.stalled.wait(60)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not list(tmp_path.iterdir())
+    assert python('-c', loading(tmp_path, server.url)).stdout == '55000\n'
+    assert sorted(os.listdir(tmp_path)) == sorted(NAMES)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, server):
+    # The kernel refuses to let a file grow beyond a megabyte.
+    full = ('import resource\n'
+            'resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))')
+    result = python('-c', loading(tmp_path, server.url, full))
+    assert 'OSError' in result.stderr and 'File too large' in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_shows_on_a_terminal_only(tmp_path, server):
+    child = pexpect.spawn(sys.executable, ['-c', loading(tmp_path / 'a', server.url)],
+                          cwd=str(ROOT), encoding='utf-8', timeout=60)
+    child.expect('train-images-idx3-ubyte.gz 100%')
+    child.expect('55000')
+    child.wait()
+    assert python('-c', loading(tmp_path / 'b', server.url)).stderr == ''

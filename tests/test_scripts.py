@@ -1,0 +1,157 @@
+"""What both scripts have in common: flags, a clean screen, seeds, Ctrl-C."""
+
+import concurrent.futures
+import importlib
+import re
+import shutil
+import signal
+import sys
+
+import pexpect
+import pytest
+from conftest import DATA, ENVIRONMENT, ROOT, python, start, write_data_set
+
+SCRIPTS = ['mnist_softmax.py', 'mnist_deep.py']
+both = pytest.mark.parametrize('script', SCRIPTS)
+STEPS = {'mnist_softmax.py': 30, 'mnist_deep.py': 3}
+
+# Flags, and what the one line on standard error must say.
+REFUSED = [
+    (['--max_steps=0'], "argument --max_steps: '0' is not a whole number above 0"),
+    (['--max_steps=-1'], "argument --max_steps: '-1' is not a whole number above 0"),
+    (['--max_steps=ten'], "argument --max_steps: 'ten' is not a whole number above 0"),
+    (['--max_steps=1.5'], "argument --max_steps: '1.5' is not a whole number above 0"),
+    (['--batch_size=0'], "argument --batch_size: '0' is not a whole number above 0"),
+    (['--learning_rate=0'], "argument --learning_rate: '0' is not a number above 0"),
+    (['--learning_rate=-0.5'], "argument --learning_rate: '-0.5' is not a number above 0"),
+    (['--learning_rate=nan'], "argument --learning_rate: 'nan' is not a number above 0"),
+    (['--learning_rate=inf'], "argument --learning_rate: 'inf' is not a number above 0"),
+    (['--seed=one'], 'argument --seed: '),
+    (['--seed=-1'], 'seed is -1, expected 0 to 4294967295'),
+    (['--steps=5'], 'unrecognized arguments: --steps=5'),
+    (['5'], 'unrecognized arguments: 5'),
+    (['--data_dir=FILE'], 'FILE is a file, expected a folder'),
+    (['--data_dir=SMALL'], 'validation_size is 5000, expected 0 to 60'),
+    (['--data_dir=OTHER'], "images of 63 pixels, expected MNIST's 28x28"),
+    (['--data_dir=DAMAGED'], 't10k-labels-idx1-ubyte.gz is damaged'),
+]
+
+
+@both
+@pytest.mark.parametrize('flags, message', REFUSED)
+def test_bad_flags_are_refused_with_one_line_that_says_what_to_change(
+        script, flags, message, tmp_path, capsys, monkeypatch):
+    write_data_set(tmp_path / 'SMALL')
+    write_data_set(tmp_path / 'OTHER', train=5100)
+    write_data_set(tmp_path / 'DAMAGED', train=5100)
+    (tmp_path / 'DAMAGED' / 't10k-labels-idx1-ubyte.gz').write_bytes(b'<html>')
+    (tmp_path / 'FILE').write_text('')
+    module = importlib.import_module(script.removesuffix('.py'))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', [script, *flags])
+    with pytest.raises(SystemExit, match='2'):
+        module.main()
+    output, errors = capsys.readouterr()
+    line, = errors.splitlines()
+    assert line.startswith(f'{script}: error: ') and message in line
+    assert output == ''
+
+
+@both
+@pytest.mark.parametrize('flag', ['--max_steps=0', '--unknown', '--data_dir=README.md'])
+def test_a_bad_flag_ends_the_process_with_code_2_and_no_traceback(script, flag):
+    result = python(script, flag)
+    assert result.returncode == 2 and result.stdout == ''
+    line, = result.stderr.splitlines()
+    assert line.startswith(f'{script}: error: ')
+
+
+@both
+def test_help_tells_every_flag_with_its_default(script):
+    result = python(script, '--help', env={**ENVIRONMENT, 'COLUMNS': '200'})
+    assert result.returncode == 0 and result.stderr == ''
+    flags = re.findall(r'^  (--\w+)', result.stdout, re.MULTILINE)
+    assert flags[:5] == ['--data_dir', '--max_steps', '--batch_size', '--learning_rate', '--seed']
+    assert len(re.findall(r'\(default: .+\)', result.stdout)) == len(flags)
+    assert str(DATA) in result.stdout
+
+
+@both
+def test_runs_from_any_folder_and_shows_the_tutorials_lines_alone(script, tmp_path):
+    result = python(ROOT / script, '--max_steps', STEPS[script], cwd=tmp_path)
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    if script == 'mnist_deep.py':
+        assert re.fullmatch(r'step 0, training accuracy [01](\.\d+)?', lines.pop(0))
+    assert re.fullmatch(r'test accuracy 0\.\d+', lines.pop())
+    assert lines == []
+    assert result.stderr == ''
+    assert not list(tmp_path.iterdir())
+
+
+@both
+def test_stands_alone_beside_the_loader_and_the_data(script, tmp_path):
+    for name in (script, 'input_data.py'):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / 'MNIST_data').symlink_to(DATA)
+    result = python(tmp_path / script, '--max_steps', STEPS[script], cwd='/')
+    assert result.returncode == 0 and 'test accuracy' in result.stdout
+
+
+@both
+def test_a_log_level_of_the_users_own_is_kept(script):
+    result = python(script, '--max_steps', 1,
+                    env={**ENVIRONMENT, 'TF_CPP_MIN_LOG_LEVEL': '0'})
+    assert result.returncode == 0
+    assert 'TensorFlow' in result.stderr and 'test accuracy' in result.stdout
+
+
+@both
+def test_can_be_imported_without_running(script, capfd):
+    module = importlib.import_module(script.removesuffix('.py'))
+    assert callable(module.main)
+    assert capfd.readouterr() == ('', '')
+
+
+@both
+def test_the_same_seed_prints_the_same_twice_and_another_does_not(script):
+    steps = {'mnist_softmax.py': 200, 'mnist_deep.py': 110}[script]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        one, same, other = pool.map(
+            lambda seed: python(script, '--seed', seed, '--max_steps', steps).stdout, [1, 1, 2])
+    assert 'test accuracy' in one and one == same != other
+
+
+@both
+def test_on_a_terminal_progress_shows_and_ctrl_c_ends_with_one_line(script):
+    child = pexpect.spawn(sys.executable, [script, '--max_steps=1000000'], cwd=str(ROOT),
+                          env=ENVIRONMENT, encoding='utf-8', timeout=120)
+    child.expect(r'\r\d+ steps/s, \d+:\d\d left *\r')
+    child.sendintr()
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == 130
+    # The progress line is blanked before the last line is written.
+    assert re.search(r'\r {30}\rstopped at step \d+\r\n$', child.before)
+    assert 'Traceback' not in child.before
+
+
+@both
+def test_ctrl_c_ends_cleanly_while_tensorflow_still_loads(script, tmp_path):
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import os, signal, sys\n'
+        'class Interrupt:\n'
+        '    def find_spec(self, name, *_):\n'
+        '        if name == "tensorflow":\n'
+        '            os.kill(os.getpid(), signal.SIGINT)\n'
+        'sys.meta_path.insert(0, Interrupt())\n')
+    result = python(script, env={**ENVIRONMENT, 'PYTHONPATH': str(tmp_path)})
+    assert (result.returncode, result.stdout, result.stderr) == (130, '', 'stopped at step 0\n')
+
+
+def test_nothing_is_written_to_a_pipe_but_lines_as_they_come():
+    process = start('mnist_deep.py', '--max_steps=1000000')
+    assert process.stdout.readline().startswith('step 0, training accuracy ')
+    process.send_signal(signal.SIGINT)
+    assert re.fullmatch(r'stopped at step \d+\n', process.communicate(timeout=60)[1])
+    assert process.returncode == 130
