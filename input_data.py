@@ -356,17 +356,19 @@ def _load(folder, source_url):
         except ValueError as error:
             faults[name] = f'{path} is damaged: {error}', path
 
+    if not faults:
+        return arrays
+
     mnist_is_wanted = source_url in (DEFAULT_SOURCE_URL, _HOME_PAGE)
+    strangers = [name for name in arrays if _sha256(arrays[name]) != _FILES[name][1]]
     for fault, damaged in faults.values():
-        strangers = [name for name in arrays if _sha256(arrays[name]) != _FILES[name][1]]
         if mnist_is_wanted and strangers:  # MNIST's file among another set's would train on both
             raise ValueError(f'{fault}; {strangers[0]} beside it is not from MNIST, so MNIST\'s '
                              'own is not fetched: put the right file there, or name its source_url')
         if damaged and not mnist_is_wanted:
             raise ValueError(f'{fault}; delete it to have it fetched from {source_url}, or put '
                              'a whole copy there by hand')
-    if faults:
-        _prepare_folder(folder)
+    _prepare_folder(folder)
     for name, (fault, damaged) in faults.items():
         arrays[name] = _fetch(os.path.join(folder, name), source_url + name, fault, damaged)
     return arrays

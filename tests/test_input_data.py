@@ -321,9 +321,9 @@ def test_batches_of_any_size_join_to_epochs_that_are_permutations(n, batch_size)
         drawn += labels.tolist()
         # An epoch counts as completed when the batch after it begins.
         assert part.epochs_completed == (len(drawn) - 1) // n
-    for start in range(0, 5 * n, n):
-        assert sorted(drawn[start:start + n]) == list(range(n))
-        orders.add(tuple(drawn[start:start + n]))
+    for first in range(0, 5 * n, n):
+        assert sorted(drawn[first:first + n]) == list(range(n))
+        orders.add(tuple(drawn[first:first + n]))
     assert len(orders) == 5 or n < 50
 
 

@@ -94,10 +94,10 @@ def test_weights_are_small_noise_and_biases_a_little_positive():
 
 
 def test_convolution_keeps_the_size_and_pooling_halves_it():
-    ones = tf.ones([1, 4, 4, 1])
+    ones, counted = tf.ones([1, 4, 4, 1]), tf.reshape(tf.range(16.), [1, 4, 4, 1])
     with tf.Session() as sess:
         convolved, pooled = sess.run([mnist_deep.conv2d(ones, tf.ones([5, 5, 1, 1])),
-                                      mnist_deep.max_pool_2x2(tf.reshape(tf.range(16.), [1, 4, 4, 1]))])
+                                      mnist_deep.max_pool_2x2(counted)])
     # Each pixel sums those of its 5x5 neighbourhood that are inside the 4x4 image.
     assert convolved[0, :, :, 0].tolist() == [[9, 12, 12, 9], [12, 16, 16, 12],
                                               [12, 16, 16, 12], [9, 12, 12, 9]]

@@ -1,0 +1,303 @@
+"""What the benchmarks run, each in a process of its own: `contestants.py NAME JSON` prints JSON.
+
+A function here is a contestant; its arguments come from the JSON, what it returns is printed.
+"""
+
+import gzip
+import json
+import os
+import pathlib
+import resource
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+DATA = ROOT / 'MNIST_data'
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def rss():
+    """This process's memory now, in MB."""
+    import psutil
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def peak():
+    """This process's largest memory so far, in MB."""
+    scale = 1 if sys.platform == 'darwin' else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
+
+
+def timed(function):
+    """Seconds that it takes, and what it returns."""
+    began = time.perf_counter()
+    result = function()
+    return time.perf_counter() - began, result
+
+
+def median(seconds):
+    """The median, in ms."""
+    return sorted(seconds)[len(seconds) // 2] * 1e3
+
+
+# The loader
+
+def run_loader(load, epochs):
+    """Loads, draws batches of 50 for some epochs, and tells what that took."""
+    before = rss()
+    load_seconds, train = timed(load)
+    times = [timed(lambda: train.next_batch(50))[0]
+             for _ in range(int(epochs * train.num_examples / 50))]
+    return {'load s': load_seconds, 'memory MB': rss() - before,
+            'batch us': sum(times) / len(times) * 1e6, 'worst batch ms': max(times) * 1e3,
+            'images': train.num_examples}
+
+
+def loader_ours(epochs, folder=str(DATA)):
+    """This project's loader."""
+    import input_data
+    return run_loader(lambda: input_data.read_data_sets(folder, one_hot=True).train, epochs)
+
+
+def loader_1x(epochs, folder=str(DATA)):
+    """The 1.x way, written down plainly: all as float32, and all of it copied at an epoch's end."""
+    import numpy as np
+
+    def read(name, header):
+        path = pathlib.Path(folder, name)
+        opened = gzip.open(f'{path}.gz') if not path.exists() else path.open('rb')
+        with opened as f:
+            return np.frombuffer(f.read(), np.uint8, offset=header)
+
+    class Train:
+        def __init__(self, images, labels):
+            self.images = np.multiply(images.astype(np.float32), 1 / 255)
+            self.labels, self.num_examples, self.start, self.fresh = labels, len(images), 0, True
+
+        def shuffle(self):
+            order = np.arange(self.num_examples)
+            np.random.shuffle(order)
+            self.images, self.labels = self.images[order], self.labels[order]
+
+        def next_batch(self, size):
+            if self.fresh:
+                self.shuffle()
+                self.fresh = False
+            start, self.start = self.start, self.start + size
+            if self.start <= self.num_examples:
+                return self.images[start:self.start], self.labels[start:self.start]
+            images, labels = self.images[start:], self.labels[start:]
+            self.shuffle()
+            self.start = size - len(images)
+            return (np.concatenate([images, self.images[:self.start]]),
+                    np.concatenate([labels, self.labels[:self.start]]))
+
+    def load():
+        sets = []
+        for part in ('train', 't10k'):
+            images = read(f'{part}-images-idx3-ubyte', 16).reshape(-1, 784)
+            labels = read(f'{part}-labels-idx1-ubyte', 8)
+            one_hot = np.zeros((len(labels), 10))
+            one_hot[np.arange(len(labels)), labels] = 1
+            for chosen in ((slice(5000, None), slice(5000)) if part == 'train' else (slice(None),)):
+                sets.append(Train(images[chosen], one_hot[chosen]))
+        load.sets = sets  # the caller of 1.x holds all three
+        return sets[0]
+    return run_loader(load, epochs)
+
+
+def loader_keras(epochs, npz):
+    """Keras's load_data, of an .npz with the same arrays, and slices of a permutation."""
+    os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+    import keras
+    import numpy as np
+    from keras.src.datasets import mnist as module
+    module.get_file = lambda *args, **kwargs: npz  # instead of the download
+
+    class Train:
+        def __init__(self):
+            (images, labels), self.test = keras.datasets.mnist.load_data()
+            self.images = images.reshape(-1, 784).astype('float32') / 255
+            self.labels = keras.utils.to_categorical(labels, 10)
+            self.num_examples, self.start = len(images), len(images)
+
+        def next_batch(self, size):
+            if self.start + size > self.num_examples:
+                self.order, self.start = np.random.permutation(self.num_examples), 0
+            rows = self.order[self.start:self.start + size]
+            self.start += size
+            return self.images[rows], self.labels[rows]
+    return run_loader(Train, epochs)
+
+
+# A training step: batch 50, dropout 0.5, Adam at 1e-4
+
+# Floating-point operations of each layer's forward pass for one image: a multiplication and an
+# addition for each weight at each place where it is used.
+FORWARD = {'conv1': 2 * 28 * 28 * 5 * 5 * 1 * 32, 'conv2': 2 * 14 * 14 * 5 * 5 * 32 * 64,
+           'fc1': 2 * 7 * 7 * 64 * 1024, 'fc2': 2 * 1024 * 10}
+# Backward, the gradients of weights and of inputs take as much each; the images need none.
+STEP_FLOP = 50 * (3 * sum(FORWARD.values()) - FORWARD['conv1'])
+# Adam reads a weight, its gradient and two moments, and writes the weight and the moments.
+ADAM_BYTES = 3274634 * 4 * 7
+
+
+def batches(count):
+    """Some batches of 50 real digits."""
+    import input_data
+    train = input_data.read_data_sets(DATA, one_hot=True, seed=0).train
+    return [train.next_batch(50) for _ in range(count)]
+
+
+def step_ours(steps, bfloat16=False):
+    """This project's graph and session; and the machine's own limit, in the same process."""
+    import numpy as np
+
+    import mnist_deep
+    tf = mnist_deep.tf
+    if bfloat16 and not mnist_deep.computes_in_bfloat16():
+        return {'skipped': 'this CPU does not compute in bfloat16'}
+    x = tf.placeholder(tf.float32, [None, 784])
+    y_ = tf.placeholder(tf.float32, [None, 10])
+    y_conv, keep_prob = mnist_deep.deepnn(x)
+    train_step = tf.train.AdamOptimizer(1e-4).minimize(tf.reduce_mean(
+        tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y_conv)))
+    a, b = (tf.Variable(tf.random.normal([2048, 2048])) for _ in range(2))
+    product = tf.matmul(a, b).op
+    source = np.ones(1 << 26, np.uint8)
+    target = np.zeros_like(source)
+    fed = batches(20 + steps)
+    with tf.Session(config=mnist_deep.session_config(bfloat16)) as sess:
+        sess.run(tf.global_variables_initializer())
+        times = [timed(lambda: sess.run(train_step, {x: images, y_: labels, keep_prob: 0.5}))[0]
+                 for images, labels in fed][20:]
+        result = {'step ms': median(times)}
+        if not bfloat16:
+            # The best of these is what the machine can do.
+            flops = 2 * 2048**3 / min(timed(lambda: sess.run(product))[0] for _ in range(20))
+            rate = 2 * source.nbytes / min(
+                timed(lambda: np.copyto(target, source))[0] for _ in range(20))
+            result['limit ms'] = (STEP_FLOP / flops + ADAM_BYTES / rate) * 1e3
+            result['product GFLOP/s'], result['copy GB/s'] = flops / 1e9, rate / 1e9
+    return result
+
+
+def step_keras(steps):
+    """Keras `fit`."""
+    os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+    import keras
+    import numpy as np
+    layers = keras.layers
+    model = keras.Sequential([
+        layers.Input([28, 28, 1]),
+        layers.Conv2D(32, 5, padding='same', activation='relu'), layers.MaxPool2D(),
+        layers.Conv2D(64, 5, padding='same', activation='relu'), layers.MaxPool2D(),
+        layers.Flatten(), layers.Dense(1024, activation='relu'), layers.Dropout(0.5),
+        layers.Dense(10)])
+    assert model.count_params() == 3274634
+    model.compile(optimizer=keras.optimizers.Adam(1e-4),
+                  loss=keras.losses.CategoricalCrossentropy(from_logits=True))
+    images, labels = map(np.concatenate, zip(*batches(20 + steps)))
+    ends = []
+    model.fit(images.reshape(-1, 28, 28, 1), labels, batch_size=50, verbose=0, callbacks=[
+        keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))])
+    return {'step ms': median(np.diff(ends[20:]).tolist())}
+
+
+def step_torch(steps, channels_last=False, bfloat16=False):
+    """PyTorch."""
+    import torch
+    from torch import nn
+    torch.set_num_threads(THREADS)
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(3136, 1024), nn.ReLU(), nn.Dropout(0.5), nn.Linear(1024, 10))
+    assert sum(weights.numel() for weights in model.parameters()) == 3274634
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(memory_format=layout)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    loss_of = nn.CrossEntropyLoss()
+
+    def step(images, labels):
+        images = torch.from_numpy(images).view(-1, 1, 28, 28).contiguous(memory_format=layout)
+        optimizer.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+            loss = loss_of(model(images), torch.from_numpy(labels).float())
+        loss.backward()
+        optimizer.step()
+
+    times = [timed(lambda: step(*batch))[0] for batch in batches(20 + steps)]
+    return {'step ms': median(times[20:])}
+
+
+# The test evaluation
+
+def evaluation(at_once, images):
+    """Test accuracy of an untrained network: time of a second pass, and the process's peak."""
+    import input_data
+    import mnist_deep
+    tf = mnist_deep.tf
+    test = input_data.read_data_sets(DATA, one_hot=True).test
+    x = tf.placeholder(tf.float32, [None, 784])
+    y_ = tf.placeholder(tf.float32, [None, 10])
+    y_conv, keep_prob = mnist_deep.deepnn(x)
+    correct = tf.equal(tf.argmax(y_conv, 1), tf.argmax(y_, 1))
+
+    def evaluate():
+        parts = ([test.next_batch(images, shuffle=False)] if at_once
+                 else mnist_deep.in_batches(test))
+        seen = 0
+        for batch in parts:
+            seen += len(sess.run(correct, {x: batch[0], y_: batch[1], keep_prob: 1.0}))
+            if seen >= images:
+                break
+
+    with tf.Session() as sess:
+        sess.run(tf.global_variables_initializer())
+        evaluate()
+        seconds, _ = timed(evaluate)
+    return {'evaluation s': seconds, 'peak MB': peak()}
+
+
+# The whole run
+
+def whole_run(steps, flags, began):
+    """mnist_deep.py with these flags: what its parts take, and what 20,000 steps make of them.
+
+    `began` is the time, in seconds since the epoch, at which the process was asked for.
+    """
+    import mnist_deep
+    session = mnist_deep.tf.Session
+    run, calls = session.run, []
+
+    def recorded(self, fetches, *args, **kwargs):
+        start = time.time()
+        result = run(self, fetches, *args, **kwargs)
+        calls.append((getattr(fetches, 'name', str(fetches)), start, time.time()))
+        return result
+    session.run = recorded
+    standard_output, sys.stdout = sys.stdout, open(os.devnull, 'w')
+    mnist_deep.main([f'--max_steps={steps}', *flags])
+    sys.stdout = standard_output
+    ended = time.time()
+
+    def is_work(name):  # saving and making pictures run in the session, too, but are extras
+        return not name.startswith(('save', 'EncodePng'))
+    train = [call for call in calls if call[0].startswith('adam_optimizer')]
+    loop_began, loop_ended = train[0][1], train[-1][2]
+    work = sum(end - start for name, start, end in calls
+               if is_work(name) and loop_began <= start <= loop_ended)
+    after = sum(end - start for name, start, end in calls if is_work(name) and start > loop_ended)
+    loop, rest = loop_ended - loop_began, ended - began - (loop_ended - loop_began) - after
+    full = 20000 / steps
+    outside = rest + (loop - work) * full
+    return {'s per 1,000 steps': loop / steps * 1000, 'peak MB': peak(),
+            '20,000 steps: min': (rest + after + loop * full) / 60,
+            'outside the session %': 100 * outside / (rest + after + loop * full)}
+
+
+if __name__ == '__main__':
+    print(json.dumps(globals()[sys.argv[1]](**json.loads(sys.argv[2]))))
