@@ -286,8 +286,8 @@ def computes_in_bfloat16():
     https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html
     """
     limit = os.environ.get('ONEDNN_MAX_CPU_ISA', '').upper()
-    if limit.startswith(('SSE', 'AVX')) and 'BF16' not in limit and 'FP16' not in limit \
-            and 'AMX' not in limit and 'AVX10' not in limit:
+    if limit in ('SSE41', 'AVX', 'AVX2', 'AVX2_VNNI', 'AVX2_VNNI_2', 'AVX512_CORE',
+                 'AVX512_CORE_VNNI') or os.environ.get('TF_ENABLE_ONEDNN_OPTS') == '0':
         return False
     try:
         with open('/proc/cpuinfo') as cpuinfo:
@@ -350,17 +350,17 @@ def training_summaries(cross_entropy, accuracy):
 def write_mistakes(writer, data_set, x, keep_prob, y_conv):
     """Writes, for TensorBoard, the images that the network gets wrong and what it took them for."""
     guesses = tf.argmax(y_conv, 1)
-    image = tf.placeholder(tf.float32, [784])
-    png = tf.image.encode_png(tf.cast(tf.round(tf.reshape(image, [28, 28, 1]) * 255), tf.uint8))
+    pixels = tf.cast(tf.round(tf.reshape(x, [-1, 28, 28, 1]) * 255), tf.uint8)
+    pictures = tf.map_fn(tf.image.encode_png, pixels, fn_output_signature=tf.string)
     number = 0
     for images, labels in in_batches(data_set):
-        for pixels, label, guess in zip(images, labels.argmax(1), guesses.eval(
-                feed_dict={x: images, keep_prob: 1.0})):
+        found = tf.get_default_session().run([guesses, pictures], {x: images, keep_prob: 1.0})
+        for label, guess, picture in zip(labels.argmax(1), *found):
             if guess != label:
                 writer.add_summary(tf.Summary(value=[tf.Summary.Value(
                     tag=f'mistakes/{label}_taken_for_{guess}/test_image_{number}',
                     image=tf.Summary.Image(height=28, width=28, colorspace=1,
-                                           encoded_image_string=png.eval({image: pixels})))]))
+                                           encoded_image_string=picture))]))
             number += 1
 
 

@@ -25,10 +25,10 @@ def graph():
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """A model folder after 600 steps, and what the run printed."""
+    """A model folder after 400 steps, and what the run printed."""
     folder = tmp_path_factory.mktemp('trained') / 'model'
-    result = python('mnist_deep.py', '--max_steps=600', '--seed=1', '--model_dir', folder,
-                    '--save_checkpoints_steps=250')
+    result = python('mnist_deep.py', '--max_steps=400', '--seed=1', '--model_dir', folder,
+                    '--save_checkpoints_steps=150')
     assert (result.returncode, result.stderr) == (0, '')
     return folder, result.stdout
 
@@ -119,10 +119,10 @@ def test_dropout_works_in_training_alone():
 def test_a_few_hundred_steps_learn_to_read_digits(trained):
     _, output = trained
     lines = output.splitlines()
-    assert [line.split(',')[0] for line in lines[:-1]] == [f'step {i}' for i in range(0, 600, 100)]
+    assert [line.split(',')[0] for line in lines[:-1]] == [f'step {i}' for i in range(0, 400, 100)]
     for line in lines[:-1]:
         assert re.fullmatch(r'step \d+, training accuracy [01](\.\d+)?', line)
-    assert float(re.fullmatch(r'test accuracy (0\.\d+)', lines[-1])[1]) > 0.93
+    assert float(re.fullmatch(r'test accuracy (0\.\d+)', lines[-1])[1]) > 0.92
 
 
 def test_flags_have_the_tutorials_defaults():
@@ -155,8 +155,8 @@ def test_takes_at_most_1100_megabytes_evaluation_included():
 def test_keeps_the_last_checkpoints_and_the_final_one(trained):
     folder, _ = trained
     assert sorted(name for name in files(folder) if name.endswith('.index')) == [
-        'mnist_deep.ckpt-500.index', 'mnist_deep.ckpt-600.index']
-    assert tf.train.latest_checkpoint(folder) == str(folder / 'mnist_deep.ckpt-600')
+        'mnist_deep.ckpt-300.index', 'mnist_deep.ckpt-400.index']
+    assert tf.train.latest_checkpoint(folder) == str(folder / 'mnist_deep.ckpt-400')
 
 
 def test_a_checkpoint_restores_by_the_tutorials_recipe(trained):
@@ -180,10 +180,10 @@ def test_a_model_folder_changes_nothing_about_the_training(trained):
 def test_a_finished_model_is_only_evaluated(trained):
     folder, output = trained
     before = files(folder)
-    result = python('mnist_deep.py', '--max_steps=600', '--model_dir', folder)
+    result = python('mnist_deep.py', '--max_steps=400', '--model_dir', folder)
     assert result.returncode == 0
     assert result.stdout == output.splitlines()[-1] + '\n'
-    assert result.stderr == 'going on from step 600 of 600\n'
+    assert result.stderr == 'going on from step 400 of 400\n'
     assert files(folder) == before
 
 
@@ -216,7 +216,7 @@ def test_kill_9_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path):
 
 def test_kill_9_at_any_moment_leaves_a_folder_that_resumes(tmp_path):
     folder, reached = tmp_path / 'model', 0
-    for number in range(5):
+    for number in range(4):
         process = start('mnist_deep.py', '--max_steps=100000', '--model_dir', folder,
                         '--save_checkpoints_steps=1')
         if number:
@@ -291,7 +291,7 @@ def test_a_model_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
 def test_a_model_folder_can_be_moved(trained, tmp_path):
     folder, output = trained
     shutil.copytree(folder, tmp_path / 'elsewhere')
-    result = python('mnist_deep.py', '--max_steps=600', '--model_dir', tmp_path / 'elsewhere')
+    result = python('mnist_deep.py', '--max_steps=400', '--model_dir', tmp_path / 'elsewhere')
     assert result.stdout == output.splitlines()[-1] + '\n'
 
 
@@ -301,7 +301,7 @@ def test_curves_have_a_point_every_100_steps(trained):
     folder, output = trained
     for tag in ('cross_entropy', 'training_accuracy', 'W_conv1', 'W_conv1_filters/image/0'):
         steps = [step for step, name, _ in values(folder) if name == tag]
-        assert steps == [0, 100, 200, 300, 400, 500], tag
+        assert steps == [0, 100, 200, 300], tag
     shown = [value.simple_value for _, tag, value in values(folder) if tag == 'training_accuracy']
     printed = [float(number) for number in re.findall('training accuracy (.*)', output)]
     assert shown == pytest.approx(printed)
@@ -374,12 +374,26 @@ def test_trains_in_bfloat16():
         assert result.stderr == ''
 
 
-@pytest.mark.parametrize('limit', ['AVX512_CORE', 'AVX2'])
-def test_trains_in_float32_and_says_so_where_bfloat16_would_be_emulated(limit):
-    environment = {**ENVIRONMENT, 'ONEDNN_MAX_CPU_ISA': limit}
+def test_trains_in_float32_and_says_so_where_bfloat16_would_be_emulated():
+    environment = {**ENVIRONMENT, 'ONEDNN_MAX_CPU_ISA': 'AVX512_CORE'}
     emulated = python('mnist_deep.py', '--bfloat16', '--max_steps=5', '--seed=1', env=environment)
     float32 = python('mnist_deep.py', '--max_steps=5', '--seed=1', env=environment)
     assert emulated.returncode == 0
     assert emulated.stdout == float32.stdout
     line, = emulated.stderr.splitlines()
     assert 'bfloat16' in line and 'training in float32' in line
+
+
+@pytest.mark.parametrize('limit', ['SSE41', 'avx2', 'AVX2_VNNI_2', 'AVX512_CORE',
+                                   'AVX512_CORE_VNNI'])
+def test_onednns_limits_without_bfloat16_are_heeded(limit, monkeypatch):
+    monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', limit)
+    assert not mnist_deep.computes_in_bfloat16()
+
+
+@pytest.mark.parametrize('limit', ['AVX512_CORE_BF16', 'AVX512_CORE_FP16', 'AVX512_CORE_AMX',
+                                   'AVX10_1_512', 'ALL', 'DEFAULT', ''])
+def test_other_limits_of_onednn_change_nothing(limit, monkeypatch):
+    unlimited = mnist_deep.computes_in_bfloat16()
+    monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', limit)
+    assert mnist_deep.computes_in_bfloat16() == unlimited

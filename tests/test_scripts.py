@@ -115,7 +115,7 @@ def test_can_be_imported_without_running(script, capfd):
 
 @both
 def test_the_same_seed_prints_the_same_twice_and_another_does_not(script):
-    steps = {'mnist_softmax.py': 200, 'mnist_deep.py': 110}[script]
+    steps = {'mnist_softmax.py': 200, 'mnist_deep.py': 40}[script]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         one, same, other = pool.map(
             lambda seed: python(script, '--seed', seed, '--max_steps', steps).stdout, [1, 1, 2])
