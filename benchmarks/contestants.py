@@ -110,9 +110,9 @@ def loader_1x(epochs, folder=str(DATA)):
 def loader_keras(epochs, npz):
     """Keras's load_data, of an .npz with the same arrays, and slices of a permutation."""
     os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
-    import keras
     import numpy as np
-    from keras.src.datasets import mnist as module
+    from tensorflow import keras
+    module = sys.modules[keras.datasets.mnist.load_data.__module__]
     module.get_file = lambda *args, **kwargs: npz  # instead of the download
 
     class Train:
@@ -186,8 +186,8 @@ def step_ours(steps, bfloat16=False):
 def step_keras(steps):
     """Keras `fit`."""
     os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
-    import keras
     import numpy as np
+    from tensorflow import keras
     layers = keras.layers
     model = keras.Sequential([
         layers.Input([28, 28, 1]),

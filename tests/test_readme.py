@@ -6,12 +6,12 @@ import re
 import subprocess
 import sys
 
+import make_pictures
 import numpy as np
 import pexpect
 import pytest
 from conftest import DATA, ENVIRONMENT, ROOT, python
 
-import make_pictures
 import mnist_deep
 import mnist_softmax
 
