@@ -22,11 +22,9 @@ import io
 import math
 import operator
 import os
-import struct
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import zlib
 
@@ -35,24 +33,17 @@ import numpy as np
 DEFAULT_SOURCE_URL = 'https://storage.googleapis.com/cvdf-datasets/mnist/'
 _MIRRORS = (DEFAULT_SOURCE_URL, 'https://ossci-datasets.s3.amazonaws.com/mnist/')
 _HOME_PAGE = 'http://yann.lecun.com/exdb/mnist/'  # what older scripts name; served by the mirrors
-
-_IMAGES, _LABELS = 2051, 2049  # the magic numbers of the two kinds of file
-
-# Name, kind, and SHA-256 of MNIST's own contents, unpacked. Other data sets (Fashion-MNIST, KMNIST)
-# come under the same names.
-_FILES = {
-    'train-images-idx3-ubyte.gz':
-        (_IMAGES, 'ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db'),
-    'train-labels-idx1-ubyte.gz':
-        (_LABELS, '65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5'),
-    't10k-images-idx3-ubyte.gz':
-        (_IMAGES, '0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7'),
-    't10k-labels-idx1-ubyte.gz':
-        (_LABELS, 'ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2'),
-}
-
 _TIMEOUT = 15  # seconds to connect, and without a byte, before a server counts as stalled
 _PAUSES = (0, 1, 3)  # seconds before each round through the mirrors
+
+# The files, named so or with .gz, and the SHA-256 of MNIST's own, unpacked. Other data sets
+# (Fashion-MNIST, KMNIST) come under the same names.
+_FILES = {
+    'train-images-idx3-ubyte': 'ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db',
+    'train-labels-idx1-ubyte': '65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5',
+    't10k-images-idx3-ubyte': '0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7',
+    't10k-labels-idx1-ubyte': 'ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2',
+}
 
 Datasets = collections.namedtuple('Datasets', ['train', 'validation', 'test'])
 
@@ -82,20 +73,15 @@ def read_data_sets(train_dir, fake_data=False, one_hot=False, dtype=np.float32, 
         ValueError: a file is damaged or does not fit the others, and cannot be replaced safely.
         OSError: the folder cannot be used, or no source gave a good file.
     """
-    dtype = _image_dtype(dtype)
-    validation_size = _whole_number('validation_size', validation_size, 0)
-    options = dict(one_hot=one_hot, dtype=dtype, reshape=reshape, seed=seed)
-    _random_state(seed)  # a bad seed shows before any file is read
+    options = {'one_hot': one_hot, 'dtype': dtype, 'reshape': reshape, 'seed': seed}
+    split = _whole_number('validation_size', validation_size, 0)
+    fake = DataSet([], [], fake_data=True, **options)  # refuses a bad option before any work
     if fake_data:
-        return Datasets(*(DataSet([], [], fake_data=True, **options) for _ in Datasets._fields))
+        return Datasets(fake, fake, fake)
 
-    arrays = _load(os.fspath(train_dir), source_url or DEFAULT_SOURCE_URL)
-    (train_images, train_labels), (test_images, test_labels) = (
-        _pair(arrays, part, one_hot) for part in ('train', 't10k'))
-    if validation_size > len(train_images):
-        raise ValueError(f'validation_size is {validation_size}, expected 0 to '
-                         f'{len(train_images)}, the number of training examples')
-    split = validation_size
+    train_images, train_labels, test_images, test_labels = _load(
+        os.fspath(train_dir), source_url or DEFAULT_SOURCE_URL, one_hot)
+    _whole_number('validation_size', validation_size, 0, len(train_images))
     return Datasets(train=DataSet(train_images[split:], train_labels[split:], **options),
                     validation=DataSet(train_images[:split], train_labels[:split], **options),
                     test=DataSet(test_images, test_labels, **options))
@@ -107,24 +93,28 @@ def load_mnist(train_dir='MNIST-data'):
 
 
 class DataSet:
-    """Images and their labels, handed out in minibatches, epoch by epoch."""
+    """Images and their labels, handed out in minibatches, epoch by epoch.
+
+    Args:
+        images: uint8 array [n, rows, columns, 1], values 0..255.
+        labels: array [n] of class numbers, or one-hot [n, classes].
+        fake_data: True for 10,000 examples of 784 ones and class 0; images and labels unused.
+        one_hot: whether the labels of fake data are one-hot rows.
+        dtype, reshape, seed: as for `read_data_sets`.
+
+    Attributes:
+        images: all images, in the given order, float32 ones times 1/255.
+        labels: all labels. What is written into both shows in later batches.
+        num_examples: how many there are.
+        epochs_completed: how often they were gone through; goes up with a new epoch's first batch.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, out of range or shape.
+    """
 
     def __init__(self, images, labels, fake_data=False, one_hot=False, dtype=np.float32,
                  reshape=True, seed=None):
-        """Takes the examples over; float32 images are the given ones times 1/255.
-
-        Args:
-            images: uint8 array [n, rows, columns, 1], values 0..255.
-            labels: array [n] of class numbers, or one-hot [n, classes].
-            fake_data: True for 10,000 examples of 784 ones and class 0; images and labels unused.
-            one_hot: whether the labels of fake data are one-hot rows.
-            dtype, reshape, seed: as for `read_data_sets`.
-
-        Raises:
-            TypeError, ValueError: an argument of the wrong type, out of range or shape.
-        """
-        dtype = _image_dtype(dtype)
-        self._random = _random_state(seed)
+        dtype, self._random = _image_dtype(dtype), _random_state(seed)
         self._fake_data, self._one_hot = fake_data, one_hot
         if fake_data:
             images, labels = np.ones((0, 1, 784, 1), np.uint8), np.zeros(0, np.uint8)
@@ -144,35 +134,19 @@ class DataSet:
             images = images.copy()
         elif dtype == np.float32 and not self._as_bytes:
             images = _scale(images)
-        self._images, self._labels = images, labels
-        self._num_examples = 10000 if fake_data else len(images)
-        self._epochs_completed = 0
-        self._index_in_epoch = 0
+        self._images, self.labels = images, labels
+        self.num_examples = 10000 if fake_data else len(images)
+        self.epochs_completed = self._index_in_epoch = 0
         self._order = np.arange(len(images))
 
     @property
     def images(self):
-        """All images, in the files' order; what is written into them shows in later batches."""
+        """All images; float32 ones are made when they are first asked for."""
         if self._as_bytes:
             self._images, self._as_bytes = _scale(self._images), False
         elif not self._images.flags.writeable:
             self._images = self._images.copy()
         return self._images
-
-    @property
-    def labels(self):
-        """All labels: uint8 [n], or one-hot float64 [n, 10]."""
-        return self._labels
-
-    @property
-    def num_examples(self):
-        """Number of examples."""
-        return self._num_examples
-
-    @property
-    def epochs_completed(self):
-        """How often the examples have been gone through; goes up with a new epoch's first batch."""
-        return self._epochs_completed
 
     def next_batch(self, batch_size, fake_data=False, shuffle=True):
         """Returns the next examples of this epoch and, if it ends, of those that follow.
@@ -189,77 +163,51 @@ class DataSet:
             TypeError, ValueError: batch_size is no whole number, or less than 1.
             ValueError: the data set is empty.
         """
-        batch_size = _whole_number('batch_size', batch_size, 1)
+        missing = batch_size = _whole_number('batch_size', batch_size, 1)
         if fake_data or self._fake_data:
             classes = np.zeros(batch_size, np.uint8)
             return (np.ones((batch_size, 784), np.float32),
                     dense_to_one_hot(classes, 10) if self._one_hot else classes)
-        if not self._num_examples:
+        if not self.num_examples:
             raise ValueError('this data set has no examples to take a batch from')
 
-        # An epoch is a permutation and its slices. TensorFlow 1.x shuffled the shuffled examples
-        # again at each epoch's end; so does this, on their numbers.
-        if shuffle and self._epochs_completed == 0 and self._index_in_epoch == 0:
-            self._shuffle()
-        slices, missing = [], batch_size
-        while missing > self._num_examples - self._index_in_epoch:
-            slices.append(self._order[self._index_in_epoch:])
+        slices = []
+        while missing:
+            if self._index_in_epoch == self.num_examples:
+                self.epochs_completed, self._index_in_epoch = self.epochs_completed + 1, 0
+            if self._index_in_epoch == 0 and shuffle:
+                # TensorFlow 1.x shuffled the shuffled examples again; so does this, their numbers.
+                self._order = self._order[self._random.permutation(self.num_examples)]
+            slices.append(self._order[self._index_in_epoch:][:missing])
+            self._index_in_epoch += len(slices[-1])
             missing -= len(slices[-1])
-            self._epochs_completed += 1
-            self._index_in_epoch = 0
-            if shuffle:
-                self._shuffle()
-        start, self._index_in_epoch = self._index_in_epoch, self._index_in_epoch + missing
-        slices.append(self._order[start:self._index_in_epoch])
-
         rows = np.concatenate(slices)
         images = self._images[rows]
-        return _scale(images) if self._as_bytes else images, self._labels[rows]
-
-    def _shuffle(self):
-        order = np.arange(self._num_examples)
-        self._random.shuffle(order)
-        self._order = self._order[order]
+        return _scale(images) if self._as_bytes else images, self.labels[rows]
 
 
 def extract_images(f):
-    """Reads a gzipped IDX file of images.
+    """The images in a gzipped IDX file, uint8 [n, rows, columns, 1] with values 0..255.
 
-    Args:
-        f: binary file object of the gzip data.
-
-    Returns:
-        uint8 array [n, rows, columns, 1], values 0..255.
-
-    Raises:
-        ValueError: the data is damaged, or not of images.
+    `f` is a binary file object. ValueError: the data is damaged, or not of images.
     """
-    return _read_idx(f, _IMAGES)[..., np.newaxis]
+    return _read_idx(f, 'images')[..., np.newaxis]
 
 
 def extract_labels(f, one_hot=False, num_classes=10):
-    """Reads a gzipped IDX file of labels.
+    """The labels in a gzipped IDX file, uint8 [n], or one-hot rows, float64 [n, num_classes].
 
-    Args:
-        f: binary file object of the gzip data.
-        one_hot: True for one-hot rows.
-        num_classes: length of a one-hot row.
-
-    Returns:
-        uint8 array [n], or one-hot float64 [n, num_classes].
-
-    Raises:
-        ValueError: the data is damaged, or not of labels, or has no room in a one-hot row.
+    `f` is a binary file object. ValueError: the data is damaged, not of labels, or has a label
+    that is not below num_classes.
     """
-    labels = _read_idx(f, _LABELS)
+    labels = _read_idx(f, 'labels')
     return dense_to_one_hot(labels, num_classes) if one_hot else labels
 
 
 def dense_to_one_hot(labels_dense, num_classes):
-    """Turns class numbers, an integer array [n], into one-hot rows, float64 [n, num_classes].
+    """Class numbers, an integer array [n], as one-hot rows, float64 [n, num_classes].
 
-    Raises:
-        ValueError: a class number is not below num_classes.
+    ValueError: a class number is not below num_classes.
     """
     labels_dense = np.asarray(labels_dense).ravel()
     if labels_dense.size and not 0 <= labels_dense.min() <= labels_dense.max() < num_classes:
@@ -271,22 +219,13 @@ def dense_to_one_hot(labels_dense, num_classes):
 
 
 def maybe_download(filename, work_directory, source_url):
-    """Downloads a file unless it is there already.
+    """The path of a file in a folder; downloads it, from its whole URL, unless it is there.
 
-    Args:
-        filename: its name. One of MNIST's four is checked whole before it appears.
-        work_directory: its folder, made if it is not there.
-        source_url: the file's whole URL.
-
-    Returns:
-        The file's path.
-
-    Raises:
-        OSError: the folder cannot be used, or no source gave a good file.
+    One of MNIST's names is checked before it appears. OSError: the folder cannot be used, or no
+    source gave a good file.
     """
     path = os.path.join(work_directory, filename)
     if not os.path.exists(path):
-        _prepare_folder(work_directory)
         _fetch(path, source_url, f'{path} is missing')
     return path
 
@@ -299,14 +238,16 @@ def _image_dtype(dtype):
     return found
 
 
-def _whole_number(name, value, least, most=math.inf):
+def _whole_number(name, value, least, most=None):
+    """The value as an int; TypeError, ValueError: it is none, or out of range."""
+    message = (f'{name} is {value!r}, expected a whole number from {least} '
+               + ('on' if most is None else f'to {most}'))
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f'{name} is {value!r}, expected a whole number') from None
-    if not least <= number <= most:
-        raise ValueError(f'{name} is {number}, expected '
-                         + (f'at least {least}' if most == math.inf else f'{least} to {most}'))
+        raise TypeError(message) from None
+    if number < least or most is not None and number > most:
+        raise ValueError(message)
     return number
 
 
@@ -322,120 +263,106 @@ def _scale(images):
     return np.multiply(images, np.float32(1 / 255), dtype=np.float32)
 
 
-def _pair(arrays, part, one_hot):
-    """The images [n, rows, columns, 1] and labels of a part, 'train' or 't10k'."""
-    images_name, labels_name = (name for name in _FILES if name.startswith(part))
-    images, labels = arrays[images_name], arrays[labels_name]
-    if len(images) != len(labels):
-        raise ValueError(f'{images_name} holds {len(images)} images, but {labels_name} '
-                         f'{len(labels)} labels: they belong to different data sets')
-    images.flags.writeable = False  # the data sets share it
-    if one_hot:
-        try:
-            labels = dense_to_one_hot(labels, 10)
-        except ValueError as error:
-            raise ValueError(f'{labels_name}: {error}; one_hot=False reads it') from None
-    return images[..., np.newaxis], labels
-
-
-def _load(folder, source_url):
-    """The contents of the four files, by name; fetches what is missing or damaged."""
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise NotADirectoryError(f'{folder} is a file, expected a folder for the data set')
+def _load(folder, source_url, one_hot):
+    """The arrays in the four files, in _FILES's order; fetches what is missing or damaged."""
     arrays, faults = {}, {}
-    for name, (magic, _) in _FILES.items():
-        path = packed = os.path.join(folder, name)
-        unpacked = packed.removesuffix('.gz')
-        if os.path.exists(unpacked) and not os.path.exists(packed):
-            path = unpacked
+    for name in _FILES:
+        path = os.path.join(folder, name)
+        if not os.path.exists(path) or os.path.exists(f'{path}.gz'):
+            path += '.gz'
         try:
             with open(path, 'rb') as f:
-                arrays[name] = _read_idx(f, magic)
+                arrays[name] = _read_idx(f, name)
         except (FileNotFoundError, NotADirectoryError):
-            faults[name] = f'{packed} is missing', None
+            faults[name] = f'{path} is missing', None
         except ValueError as error:
             faults[name] = f'{path} is damaged: {error}', path
 
-    if not faults:
-        return arrays
-
-    mnist_is_wanted = source_url in (DEFAULT_SOURCE_URL, _HOME_PAGE)
-    strangers = [name for name in arrays if _sha256(arrays[name]) != _FILES[name][1]]
-    for fault, damaged in faults.values():
-        if mnist_is_wanted and strangers:  # MNIST's file among another set's would train on both
+    is_mnist = source_url in (DEFAULT_SOURCE_URL, _HOME_PAGE)
+    strangers = [name for name in arrays if faults and is_mnist
+                 and _sha256(arrays[name]) != _FILES[name]]
+    for name, (fault, damaged) in faults.items():
+        if strangers:  # MNIST's file among another set's would train on both
             raise ValueError(f'{fault}; {strangers[0]} beside it is not from MNIST, so MNIST\'s '
                              'own is not fetched: put the right file there, or name its source_url')
-        if damaged and not mnist_is_wanted:
+        if damaged and not is_mnist:
             raise ValueError(f'{fault}; delete it to have it fetched from {source_url}, or put '
                              'a whole copy there by hand')
-    _prepare_folder(folder)
-    for name, (fault, damaged) in faults.items():
-        arrays[name] = _fetch(os.path.join(folder, name), source_url + name, fault, damaged)
-    return arrays
+        arrays[name] = _fetch(os.path.join(folder, f'{name}.gz'), f'{source_url}{name}.gz', fault,
+                              damaged)
+
+    names = list(_FILES)
+    for images, labels in (names[:2], names[2:]):
+        if len(arrays[images]) != len(arrays[labels]):
+            raise ValueError(f'{images} holds {len(arrays[images])} images, but {labels} '
+                             f'{len(arrays[labels])} labels: they belong to different data sets')
+        arrays[images].flags.writeable = False  # the data sets share it
+        arrays[images] = arrays[images][..., np.newaxis]
+        if one_hot:
+            try:
+                arrays[labels] = dense_to_one_hot(arrays[labels], 10)
+            except ValueError as error:
+                raise ValueError(f'{labels}: {error}; one_hot=False reads it') from None
+    return [arrays[name] for name in names]
 
 
-def _read_idx(f, magic):
-    """The array in an IDX file, gzipped or not; ValueError tells what is wrong with it."""
+def _read_idx(f, kind):
+    """The array in an IDX file, of 'images' or 'labels', gzipped or not.
+
+    ValueError tells what is wrong with it.
+    """
+    ndim = 3 if 'images' in kind else 1
     start = f.read(2)
     f.seek(-len(start), os.SEEK_CUR)
     stream = gzip.GzipFile(fileobj=f) if start == b'\x1f\x8b' else f
-    contents = bytearray()  # grows with what there is, whatever the header promises
+    data = bytearray()  # grows with what there is, whatever the header promises
     try:
-        header = stream.read(4 * (1 + magic % 256))
-        if header[:4] != struct.pack('>I', magic):
-            raise ValueError(f'it begins with {header[:16]!r}, expected magic number {magic}')
-        if len(header) < 4 * (1 + magic % 256):
-            raise ValueError(f'it ends within its header, after {len(header)} bytes')
-        shape = struct.unpack(f'>{magic % 256}I', header[4:])
-        size = math.prod(shape)
-        while len(contents) <= size and (piece := stream.read(1 << 20)):
-            contents += piece
+        while piece := stream.read(1 << 20):
+            data += piece
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f'its gzip data is broken ({error})') from error
-    if len(contents) != size:
-        found = f'{len(contents):,}' if len(contents) < size else 'more'
-        raise ValueError(f'its header promises {size:,} bytes, {list(shape)}, but it holds {found}')
-    return np.frombuffer(contents, np.uint8).reshape(shape)
+    header, magic = bytes(data[:4 + 4 * ndim]), 2048 + ndim
+    if len(header) < 4 + 4 * ndim or header[:4] != magic.to_bytes(4, 'big'):
+        raise ValueError(f'it begins with {header!r}, expected magic number {magic} and a length '
+                         f'for each of {ndim} dimensions')
+    shape = np.frombuffer(header, '>u4')[1:].tolist()
+    found, promised = len(data) - len(header), math.prod(shape)
+    if found != promised:
+        raise ValueError(f'its header promises {promised:,} bytes, {shape}, but it holds {found:,}')
+    return np.frombuffer(data, np.uint8)[len(header):].reshape(shape)
 
 
 def _sha256(array):
     """SHA-256 of the IDX file that holds the array."""
-    magic = _IMAGES if array.ndim == 3 else _LABELS
-    digest = hashlib.sha256(struct.pack(f'>{1 + array.ndim}I', magic, *array.shape))
-    digest.update(array)
-    return digest.hexdigest()
+    header = np.array([2048 + array.ndim, *array.shape], '>u4')
+    return hashlib.sha256(header.tobytes() + array.tobytes()).hexdigest()
 
 
-def _prepare_folder(folder):
-    """Makes the folder; an OSError tells, before anything is fetched, that it can't be written."""
+def _fetch(path, url, fault, damaged=None):
+    """Downloads a file, checks it, and only then puts it in place; returns its array, if it's IDX.
+
+    A damaged file is set aside. `fault` begins the error if no source has a good file.
+    """
+    folder, packed = os.path.split(path)
+    name = packed.removesuffix('.gz')
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(error.errno, f'the data cannot be kept here ({error.strerror}): name a '
                       'folder that can be written', folder) from error
-
-
-def _fetch(path, source_url, fault, damaged=None):
-    """Downloads a file, checks it, and only then puts it in place; returns its array, if it's IDX.
-
-    A damaged file is set aside. `fault` begins the error if no source has a good file.
-    """
-    name = os.path.basename(path)
-    magic, sha256 = _FILES.get(name, (None, None))
-    mirrors = [mirror + name for mirror in _MIRRORS]
-    if source_url not in (DEFAULT_SOURCE_URL + name, _HOME_PAGE + name):
-        mirrors, sha256 = [source_url], None
+    is_mnist = url in (DEFAULT_SOURCE_URL + packed, _HOME_PAGE + packed)
 
     def check(body):
-        array = magic and _read_idx(io.BytesIO(body), magic)
-        if sha256 and _sha256(array) != sha256:
+        array = _read_idx(io.BytesIO(body), name) if name in _FILES else None
+        if is_mnist and _sha256(array) != _FILES[name]:
             raise ValueError('another file than MNIST\'s (by its SHA-256)')
         return array
 
-    body, array = _download(mirrors, check, fault)
-    part = f'{path}.{os.urandom(4).hex()}.part'
-    try:
+    body, array = _download([mirror + packed for mirror in _MIRRORS] if is_mnist else [url],
+                            check, fault)
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        part = os.path.join(beside, packed)
         with open(part, 'xb') as f:
             f.write(body)
         if damaged:
@@ -444,9 +371,6 @@ def _fetch(path, source_url, fault, damaged=None):
                 os.rename(damaged, aside)
             print(f'{fault}; set aside as {aside}, fetched anew', file=sys.stderr)
         os.replace(part, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
     return array
 
 

@@ -14,8 +14,6 @@ import sys
 import tempfile
 import time
 
-import input_data
-
 
 def stop(step, hint=''):
     """Ends the program as Ctrl-C should: with one line and exit code 130."""
@@ -42,6 +40,7 @@ def quiet_start():
 
 
 with quiet_start():
+    import input_data
     import tensorflow.compat.v1 as tf
 tf.logging.set_verbosity(tf.logging.ERROR)
 tf.disable_v2_behavior()
@@ -366,37 +365,32 @@ def write_mistakes(writer, data_set, x, keep_prob, y_conv):
 
 def parse_flags(argv):
     """Returns the parser, for its one-line errors, and the flags."""
-    def above_0(kind):
-        def parse(text):
-            with contextlib.suppress(ValueError):
-                if 0 < kind(text) < math.inf:
-                    return kind(text)
-            numbers = 'whole number' if kind is int else 'number'
-            raise argparse.ArgumentTypeError(f'{text!r} is not a {numbers} above 0')
-        return parse
-
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--data_dir', default=os.path.join(
         os.path.dirname(os.path.abspath(__file__)), 'MNIST_data'),
                         help='folder of the MNIST files; those missing are downloaded')
-    parser.add_argument('--max_steps', type=above_0(int), default=20000,
+    parser.add_argument('--max_steps', type=int, default=20000,
                         help='number of training steps')
-    parser.add_argument('--batch_size', type=above_0(int), default=50,
+    parser.add_argument('--batch_size', type=int, default=50,
                         help='number of examples in a step')
-    parser.add_argument('--learning_rate', type=above_0(float), default=1e-4,
+    parser.add_argument('--learning_rate', type=float, default=1e-4,
                         help='of the Adam optimizer')
     parser.add_argument('--seed', type=int,
                         help='whole number from 0 on: runs with the same seed are the same')
     parser.add_argument('--model_dir',
                         help='folder for checkpoints, to resume from, and TensorBoard; none: '
                         'nothing is kept')
-    parser.add_argument('--save_checkpoints_steps', type=above_0(int), default=1000,
+    parser.add_argument('--save_checkpoints_steps', type=int, default=1000,
                         help='training steps from one checkpoint to the next')
     parser.add_argument('--bfloat16', action='store_true',
                         help='compute in bfloat16, about 1.5 times as fast, if the CPU can')
-    return parser, parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    for name in ('max_steps', 'batch_size', 'learning_rate', 'save_checkpoints_steps'):
+        if not 0 < getattr(flags, name) < math.inf:
+            parser.error(f'argument --{name}: {getattr(flags, name)} is not a number above 0')
+    return parser, flags
 
 
 if __name__ == '__main__':

@@ -12,8 +12,6 @@ import signal
 import sys
 import time
 
-import input_data
-
 
 def stop(step, hint=''):
     """Ends the program as Ctrl-C should: with one line and exit code 130."""
@@ -40,6 +38,7 @@ def quiet_start():
 
 
 with quiet_start():
+    import input_data
     import tensorflow.compat.v1 as tf
 tf.logging.set_verbosity(tf.logging.ERROR)
 tf.disable_v2_behavior()
@@ -137,30 +136,25 @@ def ctrl_c_held_back():
 
 def parse_flags(argv):
     """Returns the parser, for its one-line errors, and the flags."""
-    def above_0(kind):
-        def parse(text):
-            with contextlib.suppress(ValueError):
-                if 0 < kind(text) < math.inf:
-                    return kind(text)
-            numbers = 'whole number' if kind is int else 'number'
-            raise argparse.ArgumentTypeError(f'{text!r} is not a {numbers} above 0')
-        return parse
-
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--data_dir', default=os.path.join(
         os.path.dirname(os.path.abspath(__file__)), 'MNIST_data'),
                         help='folder of the MNIST files; those missing are downloaded')
-    parser.add_argument('--max_steps', type=above_0(int), default=1000,
+    parser.add_argument('--max_steps', type=int, default=1000,
                         help='number of training steps')
-    parser.add_argument('--batch_size', type=above_0(int), default=100,
+    parser.add_argument('--batch_size', type=int, default=100,
                         help='number of examples in a step')
-    parser.add_argument('--learning_rate', type=above_0(float), default=0.5,
+    parser.add_argument('--learning_rate', type=float, default=0.5,
                         help='length of a gradient descent step')
     parser.add_argument('--seed', type=int,
                         help='whole number from 0 on: runs with the same seed are the same')
-    return parser, parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    for name in ('max_steps', 'batch_size', 'learning_rate'):
+        if not 0 < getattr(flags, name) < math.inf:
+            parser.error(f'argument --{name}: {getattr(flags, name)} is not a number above 0')
+    return parser, flags
 
 
 if __name__ == '__main__':

@@ -190,8 +190,13 @@ def whole(quick, note):
     """mnist_deep.py from start to end."""
     steps = {'steps': 10 if quick else 2000}
     with tempfile.TemporaryDirectory() as folder:
+        data = []
+        if quick:
+            write_synthetic(folder, 6000)
+            data = [f'--data_dir={folder}']
         contestants = {}
-        for name, flags in (('float32', []), ('bfloat16', ['--bfloat16'])):
+        for name, precision in (('float32', []), ('bfloat16', ['--bfloat16'])):
+            flags = [*precision, *data]
             kept = [*flags, f'--model_dir={os.path.join(folder, name)}']
             contestants[name] = None, 'whole_run', {**steps, 'flags': flags}
             contestants[f'{name}, --model_dir'] = None, 'whole_run', {**steps, 'flags': kept}

@@ -226,7 +226,7 @@ def test_an_unpacked_file_under_the_gzipped_name_is_read_too(copies):
 def test_more_than_ten_classes_are_read_as_numbers_only(tmp_path):
     write_data_set(tmp_path, classes=26)
     assert input_data.read_data_sets(tmp_path, validation_size=0).train.labels.max() == 25
-    with pytest.raises(ValueError, match=f'{TRAIN_LABELS}: labels from 0 to 25.*one_hot=False'):
+    with pytest.raises(ValueError, match='train-labels.*: labels from 0 to 25.*one_hot=False'):
         input_data.read_data_sets(tmp_path, validation_size=0, one_hot=True)
 
 
@@ -336,7 +336,7 @@ def test_without_shuffling_batches_run_through_the_files_order():
 # Arguments
 
 @pytest.mark.parametrize('batch_size, error, message', [
-    (0, ValueError, 'batch_size is 0, expected at least 1'),
+    (0, ValueError, 'batch_size is 0, expected a whole number from 1 on'),
     (-5, ValueError, 'batch_size is -5'),
     (2.5, TypeError, 'batch_size is 2.5, expected a whole number'),
     ('50', TypeError, "batch_size is '50'"),
@@ -352,9 +352,9 @@ def test_a_bad_batch_size_is_refused_and_uses_nothing_up(batch_size, error, mess
     ({'dtype': 'float64'}, TypeError, "dtype is 'float64', expected float32 or uint8"),
     ({'dtype': None}, TypeError, 'dtype is None'),
     ({'dtype': 'number'}, TypeError, 'number'),
-    ({'validation_size': -1}, ValueError, 'validation_size is -1, expected at least 0'),
+    ({'validation_size': -1}, ValueError, 'validation_size is -1, .* from 0 on'),
     ({'validation_size': 0.5}, TypeError, 'validation_size is 0.5, expected a whole number'),
-    ({'seed': -1}, ValueError, 'seed is -1, expected 0 to 4294967295'),
+    ({'seed': -1}, ValueError, 'seed is -1, expected a whole number from 0 to 4294967295'),
     ({'seed': 2**32}, ValueError, 'seed is 4294967296'),
     ({'seed': 'one'}, TypeError, "seed is 'one', expected a whole number"),
     ({'seed': 1.5}, TypeError, 'seed is 1.5')])
@@ -366,13 +366,13 @@ def test_a_bad_argument_is_refused_before_any_work(arguments, error, message, tm
 
 
 def test_a_validation_size_over_the_number_of_examples_is_refused():
-    with pytest.raises(ValueError, match='validation_size is 60001, expected 0 to 60000'):
+    with pytest.raises(ValueError, match='validation_size is 60001, .* from 0 to 60000'):
         input_data.read_data_sets(DATA, validation_size=60001)
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path, mirrors):
     (tmp_path / 'file').write_text('mine')
-    with pytest.raises(NotADirectoryError, match='file is a file, expected a folder'):
+    with pytest.raises(OSError, match="cannot be kept here .*exists.*name a folder .*file'"):
         input_data.read_data_sets(tmp_path / 'file')
     assert (tmp_path / 'file').read_text() == 'mine'
     assert not mirrors.requests
@@ -433,15 +433,15 @@ def a_gzip_file_of_nothing(body):
 
 
 def another_kind(body):
-    return gzip.compress(b'\0\0\x08\x02' + gzip.decompress(body)[4:])
+    return gzip.compress(b'\0\0\x08\x02' + gzip.decompress(body)[4:], 1)
 
 
 def one_pixel_short(body):
-    return gzip.compress(gzip.decompress(body)[:-1])
+    return gzip.compress(gzip.decompress(body)[:-1], 1)
 
 
 def one_pixel_over(body):
-    return gzip.compress(gzip.decompress(body) + b'\0')
+    return gzip.compress(gzip.decompress(body) + b'\0', 1)
 
 
 DAMAGES = [cut_at_1015808, cut_in_half, without_its_last_byte, with_a_byte_after_it,
@@ -506,8 +506,8 @@ def test_a_second_damaged_file_does_not_replace_the_first_set_aside(copies, mirr
 def test_mnists_files_do_not_fill_the_gaps_of_another_data_set(tmp_path, mirrors):
     write_data_set(tmp_path)
     (tmp_path / TEST_LABELS).unlink()
-    with pytest.raises(ValueError, match=f'{TEST_LABELS} is missing; {TRAIN_IMAGES} beside it is '
-                                         'not from MNIST'):
+    with pytest.raises(ValueError, match=f'{TEST_LABELS} is missing; train-images-idx3-ubyte '
+                                         'beside it is not from MNIST'):
         input_data.read_data_sets(tmp_path)
     (tmp_path / TEST_LABELS).write_bytes(b'damaged')
     with pytest.raises(ValueError, match=f'{TEST_LABELS} is damaged: .* not from MNIST'):
@@ -519,7 +519,8 @@ def test_mnists_files_do_not_fill_the_gaps_of_another_data_set(tmp_path, mirrors
 def test_images_and_labels_of_different_numbers_are_refused(tmp_path):
     write_data_set(tmp_path)
     write_idx(tmp_path / TEST_LABELS, np.zeros(19, np.uint8))
-    with pytest.raises(ValueError, match=f'{TEST_IMAGES} holds 20 images, but {TEST_LABELS} 19'):
+    with pytest.raises(ValueError, match='t10k-images-idx3-ubyte holds 20 images, but '
+                                         't10k-labels-idx1-ubyte 19 labels'):
         input_data.read_data_sets(tmp_path, validation_size=0)
 
 

@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('reader')
     (folder / 'MNIST_data').symlink_to(DATA)
     (folder / 'docs').symlink_to(ROOT / 'docs')
-    result = python(ROOT / 'mnist_deep.py', '--max_steps=300', '--seed=1', '--model_dir=model',
+    result = python(ROOT / 'mnist_deep.py', '--max_steps=200', '--seed=1', '--model_dir=model',
                     cwd=folder)
     assert result.returncode == 0
     return folder
@@ -83,7 +83,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def shown(folder):
     """What IPython shows for each Python block of the README, in each of its shells."""
-    return [paste([cell.replace('range(20000)', 'range(201)') for cell in cells], folder)
+    return [paste([cell.replace('range(20000)', 'range(101)') for cell in cells], folder)
             for cells in shells('README.md')]
 
 
@@ -114,10 +114,10 @@ def test_part_one_shows_its_accuracy(shown):
 def test_part_two_shows_its_training_and_its_accuracy(shown):
     lines = shown[1][-1].split('\n')
     lines = [line for line in lines if line.strip()]
-    assert [line.split(',')[0] for line in lines[:-1]] == ['step 0', 'step 100', 'step 200']
+    assert [line.split(',')[0] for line in lines[:-1]] == ['step 0', 'step 100']
     for line in lines[:-1]:
         assert re.fullmatch(r'step \d+, training accuracy [01](\.\d+)?', line)
-    assert float(re.fullmatch(r'test accuracy (0\.\d+)', lines[-1])[1]) > 0.85
+    assert float(re.fullmatch(r'test accuracy (0\.\d+)', lines[-1])[1]) > 0.75
 
 
 def test_the_restored_network_reads_both_digits(shown):
@@ -180,7 +180,7 @@ def test_every_flag_it_names_exists_and_every_flag_is_named(readme):
                      - {'--help'} for script in (mnist_softmax, mnist_deep))
     assert {flag for flag, _ in table} == deep
     assert {flag for flag, of in table if 'mnist_deep' not in of} == softmax
-    other = {'--logdir', '--infile', '--outfile', '--help', '--quick', '--only', '--json'}
+    other = {'--dist', '--logdir', '--infile', '--outfile', '--help', '--quick', '--only', '--json'}
     assert set(re.findall(r'(?<![\w-])--\w[\w-]*', text)) <= deep | other
 
 
