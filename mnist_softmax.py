@@ -13,10 +13,10 @@ import sys
 import time
 
 
-def stop(step, hint=''):
+def stop(step):
     """Ends the program as Ctrl-C should: with one line and exit code 130."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
-    print(f'stopped at step {step}{hint}', file=sys.stderr)
+    print(f'stopped at step {step}', file=sys.stderr)
     sys.exit(130)
 
 

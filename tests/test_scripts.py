@@ -146,12 +146,13 @@ def test_on_a_terminal_progress_shows_and_ctrl_c_ends_with_one_line(script):
 
 
 @both
-def test_ctrl_c_ends_cleanly_while_tensorflow_still_loads(script, tmp_path):
+@pytest.mark.parametrize('module', ['input_data', 'numpy', 'tensorflow'])
+def test_ctrl_c_ends_cleanly_while_modules_still_load(script, module, tmp_path):
     (tmp_path / 'sitecustomize.py').write_text(
         'import os, signal, sys\n'
         'class Interrupt:\n'
         '    def find_spec(self, name, *_):\n'
-        '        if name == "tensorflow":\n'
+        f'        if name == "{module}":\n'
         '            os.kill(os.getpid(), signal.SIGINT)\n'
         'sys.meta_path.insert(0, Interrupt())\n')
     result = python(script, env={**ENVIRONMENT, 'PYTHONPATH': str(tmp_path)})
