@@ -181,9 +181,9 @@ class DataSet:
             slices.append(self._order[self._index_in_epoch:][:missing])
             self._index_in_epoch += len(slices[-1])
             missing -= len(slices[-1])
-        rows = np.concatenate(slices)
-        images = self._images[rows]
-        return _scale(images) if self._as_bytes else images, self.labels[rows]
+        rows = slices[0] if len(slices) == 1 else np.concatenate(slices)
+        images = self._images.take(rows, axis=0)
+        return _scale(images) if self._as_bytes else images, self.labels.take(rows, axis=0)
 
 
 def extract_images(f):
@@ -238,16 +238,15 @@ def _image_dtype(dtype):
     return found
 
 
-def _whole_number(name, value, least, most=None):
+def _whole_number(name, value, least, most=math.inf):
     """The value as an int; TypeError, ValueError: it is none, or out of range."""
-    message = (f'{name} is {value!r}, expected a whole number from {least} '
-               + ('on' if most is None else f'to {most}'))
     try:
-        number = operator.index(value)
+        number, error = operator.index(value), ValueError
     except TypeError:
-        raise TypeError(message) from None
-    if number < least or most is not None and number > most:
-        raise ValueError(message)
+        number, error = math.nan, TypeError
+    if not least <= number <= most:
+        raise error(f'{name} is {value!r}, expected a whole number from {least} '
+                    + ('on' if most == math.inf else f'to {most}'))
     return number
 
 

@@ -210,7 +210,7 @@ def main(argv=None):
                     x: images, y_: labels, keep_prob: 1.0}).sum()
             print('test accuracy %g' % (correct / mnist.test.num_examples))
             if writer:
-                write_mistakes(writer, mnist.test, x, keep_prob, y_conv)
+                write_mistakes(writer, mnist.test, x, y_, keep_prob, y_conv)
                 writer.close()
         except KeyboardInterrupt:
             if writer:
@@ -346,21 +346,23 @@ def training_summaries(cross_entropy, accuracy):
         tf.summary.image('W_conv1_filters', grid)])
 
 
-def write_mistakes(writer, data_set, x, keep_prob, y_conv):
+def write_mistakes(writer, data_set, x, y_, keep_prob, y_conv):
     """Writes, for TensorBoard, the images that the network gets wrong and what it took them for."""
-    guesses = tf.argmax(y_conv, 1)
-    pixels = tf.cast(tf.round(tf.reshape(x, [-1, 28, 28, 1]) * 255), tf.uint8)
-    pictures = tf.map_fn(tf.image.encode_png, pixels, fn_output_signature=tf.string)
-    number = 0
+    guesses, classes = tf.argmax(y_conv, 1), tf.argmax(y_, 1)
+    wrong = tf.where(tf.not_equal(guesses, classes))[:, 0]
+    pixels = tf.reshape(tf.gather(x, wrong), [-1, 28, 28, 1])
+    pictures = tf.map_fn(tf.image.encode_png, tf.cast(tf.round(pixels * 255), tf.uint8),
+                         fn_output_signature=tf.string)
+    mistakes = [wrong, tf.gather(classes, wrong), tf.gather(guesses, wrong), pictures]
+    start = 0
     for images, labels in in_batches(data_set):
-        found = tf.get_default_session().run([guesses, pictures], {x: images, keep_prob: 1.0})
-        for label, guess, picture in zip(labels.argmax(1), *found):
-            if guess != label:
-                writer.add_summary(tf.Summary(value=[tf.Summary.Value(
-                    tag=f'mistakes/{label}_taken_for_{guess}/test_image_{number}',
-                    image=tf.Summary.Image(height=28, width=28, colorspace=1,
-                                           encoded_image_string=picture))]))
-            number += 1
+        found = tf.get_default_session().run(mistakes, {x: images, y_: labels, keep_prob: 1.0})
+        for number, label, guess, picture in zip(*found):
+            writer.add_summary(tf.Summary(value=[tf.Summary.Value(
+                tag=f'mistakes/{label}_taken_for_{guess}/test_image_{start + number}',
+                image=tf.Summary.Image(height=28, width=28, colorspace=1,
+                                       encoded_image_string=picture))]))
+        start += len(images)
 
 
 def parse_flags(argv):
