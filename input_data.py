@@ -280,13 +280,14 @@ def _load(folder, source_url, one_hot):
     is_mnist = source_url in (DEFAULT_SOURCE_URL, _HOME_PAGE)
     strangers = [name for name in arrays if faults and is_mnist
                  and _sha256(arrays[name]) != _FILES[name]]
-    for name, (fault, damaged) in faults.items():
+    for fault, damaged in faults.values():
         if strangers:  # MNIST's file among another set's would train on both
             raise ValueError(f'{fault}; {strangers[0]} beside it is not from MNIST, so MNIST\'s '
                              'own is not fetched: put the right file there, or name its source_url')
         if damaged and not is_mnist:
             raise ValueError(f'{fault}; delete it to have it fetched from {source_url}, or put '
                              'a whole copy there by hand')
+    for name, (fault, damaged) in faults.items():
         arrays[name] = _fetch(os.path.join(folder, f'{name}.gz'), f'{source_url}{name}.gz', fault,
                               damaged)
 
@@ -314,21 +315,23 @@ def _read_idx(f, kind):
     start = f.read(2)
     f.seek(-len(start), os.SEEK_CUR)
     stream = gzip.GzipFile(fileobj=f) if start == b'\x1f\x8b' else f
+    magic, length = 2048 + ndim, 4 + 4 * ndim
     data = bytearray()  # grows with what there is, whatever the header promises
     try:
-        while piece := stream.read(1 << 20):
+        header = stream.read(length)
+        if len(header) < length or header[:4] != magic.to_bytes(4, 'big'):
+            raise ValueError(f'it begins with {header!r}, expected magic number {magic} and a '
+                             f'length for each of {ndim} dimensions')
+        shape = np.frombuffer(header, '>u4')[1:].tolist()
+        promised = math.prod(shape)
+        while len(data) <= promised and (piece := stream.read(1 << 20)):
             data += piece
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f'its gzip data is broken ({error})') from error
-    header, magic = bytes(data[:4 + 4 * ndim]), 2048 + ndim
-    if len(header) < 4 + 4 * ndim or header[:4] != magic.to_bytes(4, 'big'):
-        raise ValueError(f'it begins with {header!r}, expected magic number {magic} and a length '
-                         f'for each of {ndim} dimensions')
-    shape = np.frombuffer(header, '>u4')[1:].tolist()
-    found, promised = len(data) - len(header), math.prod(shape)
-    if found != promised:
-        raise ValueError(f'its header promises {promised:,} bytes, {shape}, but it holds {found:,}')
-    return np.frombuffer(data, np.uint8)[len(header):].reshape(shape)
+    if len(data) != promised:
+        found = f'{len(data):,}' if len(data) < promised else 'more'
+        raise ValueError(f'its header promises {promised:,} bytes, {shape}, but it holds {found}')
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _sha256(array):

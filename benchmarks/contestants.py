@@ -151,6 +151,18 @@ def batches(count):
     return [train.next_batch(50) for _ in range(count)]
 
 
+def network():
+    """This project's graph: its placeholders x, y_ and keep_prob, y_conv, and its training step."""
+    import mnist_deep
+    tf = mnist_deep.tf
+    x = tf.placeholder(tf.float32, [None, 784])
+    y_ = tf.placeholder(tf.float32, [None, 10])
+    y_conv, keep_prob = mnist_deep.deepnn(x)
+    train_step = tf.train.AdamOptimizer(1e-4).minimize(tf.reduce_mean(
+        tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y_conv)))
+    return x, y_, keep_prob, y_conv, train_step
+
+
 def step_ours(steps, bfloat16=False):
     """This project's graph and session; and the machine's own limit, in the same process."""
     import numpy as np
@@ -159,11 +171,7 @@ def step_ours(steps, bfloat16=False):
     tf = mnist_deep.tf
     if bfloat16 and not mnist_deep.computes_in_bfloat16():
         return {'skipped': 'this CPU does not compute in bfloat16'}
-    x = tf.placeholder(tf.float32, [None, 784])
-    y_ = tf.placeholder(tf.float32, [None, 10])
-    y_conv, keep_prob = mnist_deep.deepnn(x)
-    train_step = tf.train.AdamOptimizer(1e-4).minimize(tf.reduce_mean(
-        tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y_conv)))
+    x, y_, keep_prob, _, train_step = network()
     a, b = (tf.Variable(tf.random.normal([2048, 2048])) for _ in range(2))
     product = tf.matmul(a, b).op
     source = np.ones(1 << 26, np.uint8)
@@ -245,11 +253,7 @@ def evaluation(at_once, images):
     tf = mnist_deep.tf
     test = input_data.read_data_sets(DATA, one_hot=True).test
     fed = batches(5)
-    x = tf.placeholder(tf.float32, [None, 784])
-    y_ = tf.placeholder(tf.float32, [None, 10])
-    y_conv, keep_prob = mnist_deep.deepnn(x)
-    train_step = tf.train.AdamOptimizer(1e-4).minimize(tf.reduce_mean(
-        tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y_conv)))
+    x, y_, keep_prob, y_conv, train_step = network()
     correct = tf.equal(tf.argmax(y_conv, 1), tf.argmax(y_, 1))
 
     def evaluate():

@@ -22,10 +22,14 @@ os.environ['no_proxy'] = '127.0.0.1'
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith('TF_')}
 
 
+def idx(array):
+    """What an IDX file of a uint8 array holds."""
+    return struct.pack(f'>{1 + array.ndim}I', 2048 + array.ndim, *array.shape) + array.tobytes()
+
+
 def write_idx(path, array):
     """Writes a uint8 array as an IDX file, gzipped if the path says so."""
-    body = struct.pack(f'>{1 + array.ndim}I', 2048 + array.ndim, *array.shape) + array.tobytes()
-    path.write_bytes(gzip.compress(body) if path.suffix == '.gz' else body)
+    path.write_bytes(gzip.compress(idx(array)) if path.suffix == '.gz' else idx(array))
 
 
 def write_data_set(folder, train=60, test=20, side=(9, 7), classes=10, suffix='.gz'):
@@ -73,8 +77,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = b'<!DOCTYPE html><html><title>Log in to this network</title></html>'
         elif fault == 'wrong':  # a whole IDX file of the right kind, but other digits
             array = input_data._read_idx((server.folder / name).open('rb'), name)
-            body = gzip.compress(struct.pack(f'>{1 + array.ndim}I', 2048 + array.ndim,
-                                             *array.shape) + (array[::-1] // 2).tobytes(), 1)
+            body = gzip.compress(idx(array[::-1] // 2), 1)
         self.send_response(200)
         if fault != 'no length':
             self.send_header('Content-Length', str(len(body)))

@@ -524,6 +524,26 @@ def test_images_and_labels_of_different_numbers_are_refused(tmp_path):
         input_data.read_data_sets(tmp_path, validation_size=0)
 
 
+def test_nothing_is_fetched_beside_a_damaged_file_of_the_users_own_source(copies, server):
+    (copies / TRAIN_IMAGES).unlink()
+    (copies / TEST_LABELS).write_bytes(b'damaged')
+    with pytest.raises(ValueError, match=f'{TEST_LABELS} is damaged'):
+        input_data.read_data_sets(copies, source_url=server.url)
+    assert not server.requests
+
+
+@pytest.mark.parametrize('body', [
+    gzip.compress(b'\0\0\x08\x03' + b'\0\0\0\1' * 3 + bytes(1 << 26), 1),
+    gzip.compress(b'GIF89a' + bytes(1 << 26), 1)])
+def test_a_file_of_something_else_is_refused_before_it_is_unpacked_whole(body):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match='but it holds more|it begins with'):
+        input_data.extract_images(io.BytesIO(body))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
 @pytest.mark.parametrize('pack', [gzip.compress, bytes])
 def test_a_header_that_promises_more_than_there_is_costs_no_memory(pack):
     body = pack(b'\0\0\x08\x03' + b'\x7f\xff\xff\xff' * 3 + bytes(1000))

@@ -5,11 +5,12 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import sys
 
 import pexpect
 import pytest
-from conftest import DATA, ENVIRONMENT, ROOT, python, write_data_set
+from conftest import DATA, ENVIRONMENT, ROOT, python, start, write_data_set
 
 SCRIPTS = ['mnist_softmax.py', 'mnist_deep.py']
 both = pytest.mark.parametrize('script', SCRIPTS)
@@ -123,7 +124,7 @@ def test_can_be_imported_without_running(script, capfd):
 
 @both
 def test_the_same_seed_prints_the_same_twice_and_another_does_not(script, few_digits):
-    steps = {'mnist_softmax.py': 200, 'mnist_deep.py': 40}[script]
+    steps = {'mnist_softmax.py': 200, 'mnist_deep.py': 110}[script]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         one, same, other = pool.map(
             lambda seed: python(script, '--seed', seed, '--max_steps', steps,
@@ -157,3 +158,11 @@ def test_ctrl_c_ends_cleanly_while_modules_still_load(script, module, tmp_path):
         'sys.meta_path.insert(0, Interrupt())\n')
     result = python(script, env={**ENVIRONMENT, 'PYTHONPATH': str(tmp_path)})
     assert (result.returncode, result.stdout, result.stderr) == (130, '', 'stopped at step 0\n')
+
+
+def test_nothing_is_written_to_a_pipe_but_lines_as_they_come(few_digits):
+    process = start('mnist_deep.py', '--max_steps=1000000', '--data_dir', few_digits)
+    assert process.stdout.readline().startswith('step 0, training accuracy ')
+    process.send_signal(signal.SIGINT)
+    assert re.fullmatch(r'stopped at step \d+\n', process.communicate(timeout=60)[1])
+    assert process.returncode == 130
