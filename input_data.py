@@ -1,16 +1,14 @@
 """MNIST for TensorFlow 1.x programs: downloads it, checks it, yields minibatches.
 
 A drop-in for `tensorflow.examples.tutorials.mnist.input_data`, which left TensorFlow in 2.0. Copy
-this one file beside a script and change the script's import line to `import input_data`. It needs
-Python 3.10 and NumPy, nothing else.
+this one file beside a script and change the script's import line to `import input_data`.
 
     mnist = input_data.read_data_sets('MNIST_data', one_hot=True)
     images, labels = mnist.train.next_batch(50)     # [50, 784] in [0, 1], [50, 10]
 
-The files are in the IDX format: big-endian 32-bit numbers (a magic number, whose last byte counts
-the dimensions, and the length of each), then one unsigned byte per pixel (0 background, 255 ink)
-or per label. Format and data: Y. LeCun, C. Cortes, C. J. C. Burges,
-http://yann.lecun.com/exdb/mnist/ (a page that now refuses programs).
+The files are in the IDX format: big-endian 32-bit numbers (a magic number, 2048 + the number of
+dimensions, and the length of each), then a byte per pixel (0 background, 255 ink) or label. Format
+and data: Y. LeCun, C. Cortes, C. J. C. Burges, http://yann.lecun.com/exdb/mnist/
 """
 
 import collections
@@ -20,7 +18,6 @@ import hashlib
 import http.client
 import io
 import math
-import operator
 import os
 import sys
 import tempfile
@@ -32,7 +29,7 @@ import numpy as np
 
 DEFAULT_SOURCE_URL = 'https://storage.googleapis.com/cvdf-datasets/mnist/'
 _MIRRORS = (DEFAULT_SOURCE_URL, 'https://ossci-datasets.s3.amazonaws.com/mnist/')
-_HOME_PAGE = 'http://yann.lecun.com/exdb/mnist/'  # what older scripts name; served by the mirrors
+_OF_MNIST = (DEFAULT_SOURCE_URL, 'http://yann.lecun.com/exdb/mnist/')  # served by the mirrors
 _TIMEOUT = 15  # seconds to connect, and without a byte, before a server counts as stalled
 _PAUSES = (0, 1, 3)  # seconds before each round through the mirrors
 
@@ -52,14 +49,11 @@ def read_data_sets(train_dir, fake_data=False, one_hot=False, dtype=np.float32, 
                    validation_size=5000, seed=None, source_url=DEFAULT_SOURCE_URL):
     """Loads the four files of a data set in MNIST's format; downloads those that are missing.
 
-    A damaged file of MNIST's own is set aside as `NAME.damaged-...` and downloaded anew.
-
     Args:
         train_dir: folder of the four files, gzipped or unpacked; made if it is not there.
         fake_data: True for data sets of ones, without files, to test a program with.
         one_hot: True for labels as one-hot rows, False for the class numbers.
-        dtype: of the images: float32 for [0, 1], uint8 for 0..255. TensorFlow's or NumPy's, or
-            its name.
+        dtype: float32 for images in [0, 1], uint8 for 0..255; TensorFlow's, NumPy's or the name.
         reshape: True for flat images [n, rows * columns], False for [n, rows, columns, 1].
         validation_size: how many training examples, from the first on, are kept for validation.
         seed: of the minibatches' order, 0 to 2**32 - 1; None for another order in each run.
@@ -70,7 +64,8 @@ def read_data_sets(train_dir, fake_data=False, one_hot=False, dtype=np.float32, 
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, or out of range.
-        ValueError: a file is damaged or does not fit the others, and cannot be replaced safely.
+        ValueError: a file is damaged or does not fit the others. One of MNIST's own is downloaded
+            anew instead, and the damaged one set aside as `NAME.damaged-...`.
         OSError: the folder cannot be used, or no source gave a good file.
     """
     options = {'one_hot': one_hot, 'dtype': dtype, 'reshape': reshape, 'seed': seed}
@@ -78,7 +73,6 @@ def read_data_sets(train_dir, fake_data=False, one_hot=False, dtype=np.float32, 
     fake = DataSet([], [], fake_data=True, **options)  # refuses a bad option before any work
     if fake_data:
         return Datasets(fake, fake, fake)
-
     train_images, train_labels, test_images, test_labels = _load(
         os.fspath(train_dir), source_url or DEFAULT_SOURCE_URL, one_hot)
     _whole_number('validation_size', validation_size, 0, len(train_images))
@@ -100,41 +94,36 @@ class DataSet:
         labels: array [n] of class numbers, or one-hot [n, classes].
         fake_data: True for 10,000 examples of 784 ones and class 0; images and labels unused.
         one_hot: whether the labels of fake data are one-hot rows.
-        dtype, reshape, seed: as for `read_data_sets`.
+        dtype, reshape, seed: as for `read_data_sets`, and so are the errors.
 
     Attributes:
-        images: all images, in the given order, float32 ones times 1/255.
-        labels: all labels. What is written into both shows in later batches.
+        images, labels: all of them, in the given order; what is written there shows in batches.
         num_examples: how many there are.
         epochs_completed: how often they were gone through; goes up with a new epoch's first batch.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, out of range or shape.
     """
 
     def __init__(self, images, labels, fake_data=False, one_hot=False, dtype=np.float32,
                  reshape=True, seed=None):
-        dtype, self._random = _image_dtype(dtype), _random_state(seed)
+        found = np.dtype(getattr(dtype, 'as_numpy_dtype', dtype))  # which TensorFlow's have
+        if found not in (np.float32, np.uint8):
+            raise TypeError(f'dtype is {dtype!r}, expected float32 or uint8')
+        if seed is not None:  # 1.x took seeds modulo 2**31 - 1
+            seed = _whole_number('seed', seed, 0, 2**32 - 1) % (2**31 - 1)
+        self._random = np.random.RandomState(seed)  # its own, with 1.x's orders
         self._fake_data, self._one_hot = fake_data, one_hot
         if fake_data:
             images, labels = np.ones((0, 1, 784, 1), np.uint8), np.zeros(0, np.uint8)
-        images, labels = np.asarray(images), np.asarray(labels)
-        if len(images) != len(labels):
-            raise ValueError(f'{len(images)} images, but {len(labels)} labels: expected as many')
+        images, self.labels = np.asarray(images), np.asarray(labels)
+        if len(images) != len(labels) or reshape and images.shape[3:] != (1,):
+            raise ValueError(f'images {list(images.shape)} and labels {list(self.labels.shape)}, '
+                             'expected as many, and images [n, rows, columns, 1] to reshape')
         if reshape:
-            if images.ndim != 4 or images.shape[3] != 1:
-                raise ValueError(f'images of shape {list(images.shape)}, expected '
-                                 '[n, rows, columns, 1]; reshape=False takes any')
             images = images.reshape(len(images), images.shape[1] * images.shape[2])
 
-        # Bytes, a quarter of the float32 values' memory, until `images` is asked for; copied where
-        # somebody else could still write into them.
-        self._as_bytes = dtype == np.float32 and images.dtype == np.uint8
-        if self._as_bytes and images.flags.writeable:
-            images = images.copy()
-        elif dtype == np.float32 and not self._as_bytes:
-            images = _scale(images)
-        self._images, self.labels = images, labels
+        # Bytes that nobody can change stay bytes, until `images` is asked for: a quarter of it all.
+        self._as_bytes = (found == np.float32 and images.dtype == np.uint8
+                          and not images.flags.writeable)
+        self._images = images if self._as_bytes or found == np.uint8 else _scale(images)
         self.num_examples = 10000 if fake_data else len(images)
         self.epochs_completed = self._index_in_epoch = 0
         self._order = np.arange(len(images))
@@ -149,19 +138,15 @@ class DataSet:
         return self._images
 
     def next_batch(self, batch_size, fake_data=False, shuffle=True):
-        """Returns the next examples of this epoch and, if it ends, of those that follow.
+        """The next examples of this epoch and, if it ends, of those that follow.
 
         Args:
-            batch_size: number of examples, at least 1.
+            batch_size: how many, from 1 on; TypeError, ValueError: another, or the set is empty.
             fake_data: True for ones and class 0 instead.
             shuffle: whether an epoch that begins with this batch gets a new order.
 
         Returns:
-            images [batch_size, ...] and labels [batch_size, ...], as the data set's own; copies.
-
-        Raises:
-            TypeError, ValueError: batch_size is no whole number, or less than 1.
-            ValueError: the data set is empty.
+            images [batch_size, ...] and labels [batch_size, ...], copies.
         """
         missing = batch_size = _whole_number('batch_size', batch_size, 1)
         if fake_data or self._fake_data:
@@ -187,28 +172,18 @@ class DataSet:
 
 
 def extract_images(f):
-    """The images in a gzipped IDX file, uint8 [n, rows, columns, 1] with values 0..255.
-
-    `f` is a binary file object. ValueError: the data is damaged, or not of images.
-    """
-    return _read_idx(f, 'images')[..., np.newaxis]
+    """The images in a gzipped IDX file, uint8 [n, rows, columns, 1]; ValueError: it is damaged."""
+    return _read_idx(gzip.GzipFile(fileobj=f), 'images')[..., np.newaxis]
 
 
 def extract_labels(f, one_hot=False, num_classes=10):
-    """The labels in a gzipped IDX file, uint8 [n], or one-hot rows, float64 [n, num_classes].
-
-    `f` is a binary file object. ValueError: the data is damaged, not of labels, or has a label
-    that is not below num_classes.
-    """
-    labels = _read_idx(f, 'labels')
+    """The labels in a gzipped IDX file, uint8 [n] or one-hot rows; ValueError: it is damaged."""
+    labels = _read_idx(gzip.GzipFile(fileobj=f), 'labels')
     return dense_to_one_hot(labels, num_classes) if one_hot else labels
 
 
 def dense_to_one_hot(labels_dense, num_classes):
-    """Class numbers, an integer array [n], as one-hot rows, float64 [n, num_classes].
-
-    ValueError: a class number is not below num_classes.
-    """
+    """Class numbers [n] as one-hot rows, float64 [n, num_classes]; ValueError: one is too large."""
     labels_dense = np.asarray(labels_dense).ravel()
     if labels_dense.size and not 0 <= labels_dense.min() <= labels_dense.max() < num_classes:
         raise ValueError(f'labels from {labels_dense.min()} to {labels_dense.max()}, where one-hot '
@@ -221,8 +196,7 @@ def dense_to_one_hot(labels_dense, num_classes):
 def maybe_download(filename, work_directory, source_url):
     """The path of a file in a folder; downloads it, from its whole URL, unless it is there.
 
-    One of MNIST's names is checked before it appears. OSError: the folder cannot be used, or no
-    source gave a good file.
+    OSError: the folder cannot be used, or no source gave a good file.
     """
     path = os.path.join(work_directory, filename)
     if not os.path.exists(path):
@@ -230,31 +204,13 @@ def maybe_download(filename, work_directory, source_url):
     return path
 
 
-def _image_dtype(dtype):
-    """NumPy's dtype for TensorFlow's or NumPy's, or its name."""
-    found = np.dtype(getattr(dtype, 'as_numpy_dtype', dtype))
-    if found not in (np.float32, np.uint8):
-        raise TypeError(f'dtype is {dtype!r}, expected float32 or uint8')
-    return found
-
-
 def _whole_number(name, value, least, most=math.inf):
     """The value as an int; TypeError, ValueError: it is none, or out of range."""
-    try:
-        number, error = operator.index(value), ValueError
-    except TypeError:
-        number, error = math.nan, TypeError
-    if not least <= number <= most:
-        raise error(f'{name} is {value!r}, expected a whole number from {least} '
-                    + ('on' if most == math.inf else f'to {most}'))
-    return number
-
-
-def _random_state(seed):
-    """A generator of its own for each data set, with TensorFlow 1.x's orders."""
-    if seed is not None:  # 1.x took seeds modulo 2**31 - 1
-        seed = _whole_number('seed', seed, 0, 2**32 - 1) % (2**31 - 1)
-    return np.random.RandomState(seed)
+    whole = hasattr(value, '__index__')
+    if not whole or not least <= value <= most:
+        raise (ValueError if whole else TypeError)(
+            f'{name} is {value!r}, expected a whole number from {least} to {most}')
+    return int(value)
 
 
 def _scale(images):
@@ -277,16 +233,12 @@ def _load(folder, source_url, one_hot):
         except ValueError as error:
             faults[name] = f'{path} is damaged: {error}', path
 
-    is_mnist = source_url in (DEFAULT_SOURCE_URL, _HOME_PAGE)
-    strangers = [name for name in arrays if faults and is_mnist
-                 and _sha256(arrays[name]) != _FILES[name]]
+    is_mnist = source_url in _OF_MNIST
+    strange = faults and any(_sha256(arrays[name]) != _FILES[name] for name in arrays)
     for fault, damaged in faults.values():
-        if strangers:  # MNIST's file among another set's would train on both
-            raise ValueError(f'{fault}; {strangers[0]} beside it is not from MNIST, so MNIST\'s '
-                             'own is not fetched: put the right file there, or name its source_url')
-        if damaged and not is_mnist:
-            raise ValueError(f'{fault}; delete it to have it fetched from {source_url}, or put '
-                             'a whole copy there by hand')
+        if is_mnist and strange or damaged and not is_mnist:
+            raise ValueError(f'{fault}; MNIST\'s mirrors cannot mend this data set: put a whole '
+                             'copy there by hand, or delete it and name its source_url')
     for name, (fault, damaged) in faults.items():
         arrays[name] = _fetch(os.path.join(folder, f'{name}.gz'), f'{source_url}{name}.gz', fault,
                               damaged)
@@ -296,8 +248,8 @@ def _load(folder, source_url, one_hot):
         if len(arrays[images]) != len(arrays[labels]):
             raise ValueError(f'{images} holds {len(arrays[images])} images, but {labels} '
                              f'{len(arrays[labels])} labels: they belong to different data sets')
-        arrays[images].flags.writeable = False  # the data sets share it
         arrays[images] = arrays[images][..., np.newaxis]
+        arrays[images].flags.writeable = False  # the data sets share it
         if one_hot:
             try:
                 arrays[labels] = dense_to_one_hot(arrays[labels], 10)
@@ -307,23 +259,17 @@ def _load(folder, source_url, one_hot):
 
 
 def _read_idx(f, kind):
-    """The array in an IDX file, of 'images' or 'labels', gzipped or not.
-
-    ValueError tells what is wrong with it.
-    """
+    """The array in an IDX file, of 'images' or 'labels', gzipped or not; ValueError: its fault."""
     ndim = 3 if 'images' in kind else 1
-    start = f.read(2)
-    f.seek(-len(start), os.SEEK_CUR)
-    stream = gzip.GzipFile(fileobj=f) if start == b'\x1f\x8b' else f
-    magic, length = 2048 + ndim, 4 + 4 * ndim
-    data = bytearray()  # grows with what there is, whatever the header promises
+    magic, data = 2048 + ndim, bytearray()
     try:
-        header = stream.read(length)
-        if len(header) < length or header[:4] != magic.to_bytes(4, 'big'):
+        stream = gzip.GzipFile(fileobj=f) if f.peek(2)[:2] == b'\x1f\x8b' else f
+        header = stream.read(4 + 4 * ndim)
+        if len(header) < 4 + 4 * ndim or header[:4] != magic.to_bytes(4, 'big'):
             raise ValueError(f'it begins with {header!r}, expected magic number {magic} and a '
                              f'length for each of {ndim} dimensions')
         shape = np.frombuffer(header, '>u4')[1:].tolist()
-        promised = math.prod(shape)
+        promised = math.prod(shape)  # and only as much memory is taken as there is to read
         while len(data) <= promised and (piece := stream.read(1 << 20)):
             data += piece
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -341,28 +287,15 @@ def _sha256(array):
 
 
 def _fetch(path, url, fault, damaged=None):
-    """Downloads a file, checks it, and only then puts it in place; returns its array, if it's IDX.
-
-    A damaged file is set aside. `fault` begins the error if no source has a good file.
-    """
+    """Downloads a file, puts it in place, a damaged one aside; returns its array, if it is IDX."""
     folder, packed = os.path.split(path)
-    name = packed.removesuffix('.gz')
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(error.errno, f'the data cannot be kept here ({error.strerror}): name a '
                       'folder that can be written', folder) from error
-    is_mnist = url in (DEFAULT_SOURCE_URL + packed, _HOME_PAGE + packed)
-
-    def check(body):
-        array = _read_idx(io.BytesIO(body), name) if name in _FILES else None
-        if is_mnist and _sha256(array) != _FILES[name]:
-            raise ValueError('another file than MNIST\'s (by its SHA-256)')
-        return array
-
-    body, array = _download([mirror + packed for mirror in _MIRRORS] if is_mnist else [url],
-                            check, fault)
+    body, array = _download(url, packed, fault)
     with tempfile.TemporaryDirectory(dir=folder) as beside:
         part = os.path.join(beside, packed)
         with open(part, 'xb') as f:
@@ -376,40 +309,42 @@ def _fetch(path, url, fault, damaged=None):
     return array
 
 
-def _download(urls, check, fault):
-    """The first body that passes `check`, with what that returned, from the URLs tried in turn."""
-    reasons, hopeful = {}, list(urls)
+def _download(url, packed, fault):
+    """The file and its array, from the URL or, if it is MNIST's, from the mirrors in turn."""
+    name = packed.removesuffix('.gz')
+    is_mnist = name in _FILES and url.removesuffix(packed) in _OF_MNIST
+    urls, reasons = [mirror + packed for mirror in _MIRRORS] if is_mnist else [url], {}
     for pause in _PAUSES:
-        if hopeful:
-            time.sleep(pause)
-        for url in list(hopeful):
+        time.sleep(pause if urls else 0)
+        for url in list(urls):
             try:
                 body = _get(url)
-                return body, check(body)
+                array = name in _FILES and _read_idx(io.BufferedReader(io.BytesIO(body)), name)
+                if is_mnist and _sha256(array) != _FILES[name]:
+                    raise ValueError('another file than MNIST\'s (by its SHA-256)')
+                return body, array
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reasons[url] = str(error) or repr(error)
-                # The server's last word, but for 408 (it timed out) and 429 (too many requests).
-                if 400 <= getattr(error, 'code', 0) < 500 and error.code not in (408, 429):
-                    hopeful.remove(url)
+                if getattr(error, 'code', None) in (400, 401, 403, 404, 410):  # its last word
+                    urls.remove(url)
     tried = '; '.join(f'{url}: {reason}' for url, reason in reasons.items())
     raise OSError(f'{fault}, and could not be fetched from {tried}; put the file there by hand')
 
 
 def _get(url):
     """The body at a URL, whole; shows its progress on a terminal."""
-    body = bytearray()
-    shows = sys.stderr.isatty()
+    body, shows = bytearray(), sys.stderr.isatty()
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
-            size = response.headers['Content-Length']
+            size = int(response.headers['Content-Length'] or 0)
             while piece := response.read(1 << 16):
                 body += piece
                 if shows:
-                    share = f'{len(body) / int(size):4.0%}' if size else f'{len(body):,} bytes'
+                    share = f'{len(body) / size:4.0%}' if size else f'{len(body):,} bytes'
                     print(f'\r{url} {share}', end='', file=sys.stderr, flush=True)
     finally:
         if shows:
             print(file=sys.stderr)
-    if size and len(body) != int(size):
+    if size and len(body) != size:
         raise ConnectionError(f'cut off after {len(body):,} of {size} bytes')
     return body

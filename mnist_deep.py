@@ -5,7 +5,6 @@ digits: about 0.992.
 """
 
 import argparse
-import contextlib
 import glob
 import math
 import os
@@ -17,31 +16,23 @@ import time
 
 def stop(step, hint=''):
     """Ends the program as Ctrl-C should: with one line and exit code 130."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
     print(f'stopped at step {step}{hint}', file=sys.stderr)
     sys.exit(130)
 
 
-@contextlib.contextmanager
-def quiet_start():
-    """Keeps TensorFlow's greetings off the screen, unless TF_CPP_MIN_LOG_LEVEL asks for them."""
-    screen = os.dup(2)  # C++ knows standard error by its number, and greets before levels count
-    if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3') != '0':
-        with open(os.devnull, 'w') as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    except KeyboardInterrupt:
-        os.dup2(screen, 2)
-        stop(0)
-    finally:
-        os.dup2(screen, 2)
-        os.close(screen)
-
-
-with quiet_start():
+# TensorFlow greets on file descriptor 2 as it loads, whatever its log level: out of sight, unless
+# TF_CPP_MIN_LOG_LEVEL=0 asks for it.
+screen = os.dup(2)
+if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3') != '0':
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+try:
     import input_data
     import tensorflow.compat.v1 as tf
+except KeyboardInterrupt:
+    os.dup2(screen, 2)
+    stop(0)
+finally:
+    os.dup2(screen, 2)
 tf.logging.set_verbosity(tf.logging.ERROR)
 tf.disable_v2_behavior()
 
@@ -134,7 +125,7 @@ def main(argv=None):
         mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=flags.seed)
         pixels = mnist.validation.next_batch(1)[0].size
         if pixels != 784:
-            raise ValueError(f'images of {pixels} pixels, expected MNIST\'s 28x28')
+            raise ValueError(f'images of {pixels} pixels, expected 28x28')
     except (OSError, ValueError) as error:
         parser.error(f'--data_dir {flags.data_dir}, or --seed: {error}')
 
@@ -159,8 +150,7 @@ def main(argv=None):
     saver = tf.train.Saver(max_to_keep=2, save_relative_paths=True)
     summaries = training_summaries(cross_entropy, accuracy)
 
-    with (ctrl_c_held_back() as ctrl_c,
-          tf.Session(config=session_config(flags.bfloat16)) as sess):
+    with tf.Session(config=session_config(flags.bfloat16)) as sess:
         sess.run(tf.global_variables_initializer())
         start, writer = 0, None
         if flags.model_dir:
@@ -198,14 +188,10 @@ def main(argv=None):
                 if writer and ((i + 1) % flags.save_checkpoints_steps == 0
                                or i + 1 == flags.max_steps):
                     save()
-                if ctrl_c:
-                    raise KeyboardInterrupt
 
             # Test the trained network
             correct = 0
             for images, labels in in_batches(mnist.test):
-                if ctrl_c:
-                    raise KeyboardInterrupt
                 correct += correct_prediction.eval(feed_dict={
                     x: images, y_: labels, keep_prob: 1.0}).sum()
             print('test accuracy %g' % (correct / mnist.test.num_examples))
@@ -213,8 +199,10 @@ def main(argv=None):
                 write_mistakes(writer, mnist.test, x, y_, keep_prob, y_conv)
                 writer.close()
         except KeyboardInterrupt:
+            usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one is not to stop this
             if writer:
                 save()
+            signal.signal(signal.SIGINT, usual)
             stop(global_step.eval(), f', kept in {flags.model_dir}' if flags.model_dir else '')
 
 
@@ -223,42 +211,33 @@ def in_batches(data_set, size=200):
 
     The first layer's output for all 10,000 test images at once would take a gigabyte.
     """
-    for start in range(0, data_set.num_examples, size):
+    for start in progress(range(0, data_set.num_examples, size)):
         yield data_set.next_batch(min(size, data_set.num_examples - start), shuffle=False)
 
 
 def progress(steps):
-    """Yields the steps; on a terminal, standard error shows their speed and the time left."""
-    def show(line):  # and put the cursor back, so that what is printed next takes its place
-        if sys.stderr.isatty():
-            print(f'\r{line:30}\r', end='', file=sys.stderr, flush=True)
+    """Yields the steps; on a terminal, standard error shows their speed and the time left.
 
+    Ctrl-C waits until a step is done: amid a session's run it can crash TensorFlow.
+    """
+    pressed, usual = [], signal.getsignal(signal.SIGINT)
+    if usual != signal.SIG_IGN:  # which is what background jobs do
+        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     began = shown = time.monotonic()
     try:
         for done, step in enumerate(steps, 1):
             yield step
+            if pressed:
+                raise KeyboardInterrupt
             now = time.monotonic()
-            if now > shown + 0.5:
+            if now > shown + 0.5 and sys.stderr.isatty():
                 shown, speed = now, done / (now - began)
                 left = round((len(steps) - done) / speed)
-                show(f'{speed:.0f} steps/s, {left // 60}:{left % 60:02d} left')
+                line = f'{speed:.0f} steps/s, {left // 60}:{left % 60:02d} left'
+                print(f'\r{line:30}\r', end='', file=sys.stderr, flush=True)
     finally:
-        show('')
-
-
-@contextlib.contextmanager
-def ctrl_c_held_back():
-    """Yields a list that is empty until Ctrl-C is pressed: a session's run must not be cut short.
-
-    A KeyboardInterrupt in the middle of one can leave the session locked, or crash.
-    """
-    pressed = []
-    usual = signal.getsignal(signal.SIGINT)
-    if usual != signal.SIG_IGN:  # which is what background jobs do
-        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield pressed
-    finally:
+        if shown > began:
+            print(f'\r{"":30}\r', end='', file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, usual)
 
 

@@ -181,7 +181,7 @@ def evaluation(quick, note):
     one, other = 'in batches of 200', 'all at once'
     yield compete('Test evaluation', {
         one: (None, 'evaluation', {**images, 'at_once': False}),
-        other: (None, 'evaluation', {**images, 'at_once': True})}, 1 if quick else 5,
+        other: (None, 'evaluation', {**images, 'at_once': True})}, 1 if quick else 9,
         [(one, 'evaluation s', other, 'evaluation s', 0.4),
          (one, 'peak MB', other, 'peak MB', 0.45)], note)
 

@@ -33,7 +33,7 @@ REFUSED = [
     (['5'], 'unrecognized arguments: 5'),
     (['--data_dir=FILE'], 'the data cannot be kept here (File exists): name a folder'),
     (['--data_dir=SMALL'], 'validation_size is 5000, expected a whole number from 0 to 60'),
-    (['--data_dir=OTHER'], "images of 63 pixels, expected MNIST's 28x28"),
+    (['--data_dir=OTHER'], 'images of 63 pixels, expected 28x28'),
     (['--data_dir=DAMAGED'], 't10k-labels-idx1-ubyte.gz is damaged'),
 ]
 
