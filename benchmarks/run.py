@@ -183,6 +183,8 @@ def evaluation(quick, note):
         one: (None, 'evaluation', {**images, 'at_once': False}),
         other: (None, 'evaluation', {**images, 'at_once': True})}, 1 if quick else 9,
         [(one, 'evaluation s', other, 'evaluation s', 0.4),
+         (one, 'evaluation s', one, 'limit s', None),
+         (other, 'limit s', other, 'evaluation s', None),
          (one, 'peak MB', other, 'peak MB', 0.45)], note)
 
 
