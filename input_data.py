@@ -1,7 +1,7 @@
 """MNIST for TensorFlow 1.x programs: downloads it, checks it, yields minibatches.
 
 A drop-in for `tensorflow.examples.tutorials.mnist.input_data`, which left TensorFlow in 2.0. Copy
-this one file beside a script and change the script's import line to `import input_data`.
+this one file, which needs only NumPy, beside a script and change its import to `import input_data`.
 
     mnist = input_data.read_data_sets('MNIST_data', one_hot=True)
     images, labels = mnist.train.next_batch(50)     # [50, 784] in [0, 1], [50, 10]
