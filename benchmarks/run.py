@@ -137,7 +137,10 @@ def loader(quick, note):
             old: (None, 'loader_1x', {'epochs': epochs}),
             'Keras load_data': ('keras', 'loader_keras', {'epochs': epochs, 'npz': npz})},
             1 if quick else 5,
-            [(ours, 'load s', old, 'load s', 0.4), (ours, 'memory MB', old, 'memory MB', 0.35),
+            [(ours, 'load s', old, 'load s', 0.4),
+             (ours, 'load s', ours, 'gunzip s', None),
+             (ours, 'gunzip s', old, 'load s', None),
+             (ours, 'memory MB', old, 'memory MB', 0.35),
              (ours, 'batch us', old, 'batch us', 0.7)], note)
 
     contestants = {}
