@@ -234,11 +234,14 @@ def _load(folder, source_url, one_hot):
             faults[name] = f'{path} is damaged: {error}', path
 
     is_mnist = source_url in _OF_MNIST
-    strange = faults and any(_sha256(arrays[name]) != _FILES[name] for name in arrays)
+    strange = [name for name in arrays if faults and is_mnist
+               and _sha256(arrays[name]) != _FILES[name]]
     for fault, damaged in faults.values():
-        if is_mnist and strange or damaged and not is_mnist:
-            raise ValueError(f'{fault}; MNIST\'s mirrors cannot mend this data set: put a whole '
-                             'copy there by hand, or delete it and name its source_url')
+        if strange or damaged and not is_mnist:
+            raise ValueError(f'{fault}; MNIST\'s mirrors cannot mend this data set'
+                             + (f' ({strange[0]} is not from MNIST)' if strange else '')
+                             + ': put a whole copy there by hand, or delete it to have it fetched '
+                             f'from its source_url (now {source_url})')
     for name, (fault, damaged) in faults.items():
         arrays[name] = _fetch(os.path.join(folder, f'{name}.gz'), f'{source_url}{name}.gz', fault,
                               damaged)

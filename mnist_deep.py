@@ -349,17 +349,13 @@ def parse_flags(argv):
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--data_dir', default=os.path.join(
-        os.path.dirname(os.path.abspath(__file__)), 'MNIST_data'),
+    here = os.path.dirname(os.path.abspath(__file__))
+    parser.add_argument('--data_dir', default=os.path.join(here, 'MNIST_data'),
                         help='folder of the MNIST files; those missing are downloaded')
-    parser.add_argument('--max_steps', type=int, default=20000,
-                        help='number of training steps')
-    parser.add_argument('--batch_size', type=int, default=50,
-                        help='number of examples in a step')
-    parser.add_argument('--learning_rate', type=float, default=1e-4,
-                        help='of the Adam optimizer')
-    parser.add_argument('--seed', type=int,
-                        help='whole number from 0 on: runs with the same seed are the same')
+    parser.add_argument('--max_steps', type=int, default=20000, help='number of training steps')
+    parser.add_argument('--batch_size', type=int, default=50, help='number of examples in a step')
+    parser.add_argument('--learning_rate', type=float, default=1e-4, help='of the Adam optimizer')
+    parser.add_argument('--seed', type=int, help='whole number: the same one gives the same run')
     parser.add_argument('--model_dir',
                         help='folder for checkpoints, to resume from, and TensorBoard; none: '
                         'nothing is kept')
