@@ -32,6 +32,7 @@ _MIRRORS = (DEFAULT_SOURCE_URL, 'https://ossci-datasets.s3.amazonaws.com/mnist/'
 _OF_MNIST = (DEFAULT_SOURCE_URL, 'http://yann.lecun.com/exdb/mnist/')  # served by the mirrors
 _TIMEOUT = 15  # seconds to connect, and without a byte, before a server counts as stalled
 _PAUSES = (0, 1, 3)  # seconds before each round through the mirrors
+_REFUSALS = (400, 401, 403, 404, 410)  # HTTP's status codes that a second try does not change
 
 # The files, named so or with .gz, and the SHA-256 of MNIST's own, unpacked. Other data sets
 # (Fashion-MNIST, KMNIST) come under the same names.
@@ -148,27 +149,35 @@ class DataSet:
         Returns:
             images [batch_size, ...] and labels [batch_size, ...], copies.
         """
-        missing = batch_size = _whole_number('batch_size', batch_size, 1)
+        batch_size = _whole_number('batch_size', batch_size, 1)
         if fake_data or self._fake_data:
             classes = np.zeros(batch_size, np.uint8)
-            return (np.ones((batch_size, 784), np.float32),
-                    dense_to_one_hot(classes, 10) if self._one_hot else classes)
+            labels = dense_to_one_hot(classes, 10) if self._one_hot else classes
+            return np.ones((batch_size, 784), np.float32), labels
         if not self.num_examples:
             raise ValueError('this data set has no examples to take a batch from')
 
+        # The batch's rows: a slice of this epoch's order and, if that ends, of the next ones'.
         slices = []
+        missing = batch_size
         while missing:
             if self._index_in_epoch == self.num_examples:
-                self.epochs_completed, self._index_in_epoch = self.epochs_completed + 1, 0
+                self.epochs_completed += 1
+                self._index_in_epoch = 0
             if self._index_in_epoch == 0 and shuffle:
-                # TensorFlow 1.x shuffled the shuffled examples again; so does this, their numbers.
+                # As in TensorFlow 1.x, a new order is the old one shuffled, not a fresh one.
                 self._order = self._order[self._random.permutation(self.num_examples)]
-            slices.append(self._order[self._index_in_epoch:][:missing])
-            self._index_in_epoch += len(slices[-1])
-            missing -= len(slices[-1])
-        rows = slices[0] if len(slices) == 1 else np.concatenate(slices)
+            start = self._index_in_epoch
+            rows = self._order[start:start + missing]
+            slices.append(rows)
+            self._index_in_epoch += len(rows)
+            missing -= len(rows)
+        if len(slices) > 1:
+            rows = np.concatenate(slices)
         images = self._images.take(rows, axis=0)
-        return _scale(images) if self._as_bytes else images, self.labels.take(rows, axis=0)
+        if self._as_bytes:
+            images = _scale(images)
+        return images, self.labels.take(rows, axis=0)
 
 
 def extract_images(f):
@@ -206,10 +215,11 @@ def maybe_download(filename, work_directory, source_url):
 
 def _whole_number(name, value, least, most=math.inf):
     """The value as an int; TypeError, ValueError: it is none, or out of range."""
-    whole = hasattr(value, '__index__')
-    if not whole or not least <= value <= most:
-        raise (ValueError if whole else TypeError)(
-            f'{name} is {value!r}, expected a whole number from {least} to {most}')
+    message = f'{name} is {value!r}, expected a whole number from {least} to {most}'
+    if not hasattr(value, '__index__'):
+        raise TypeError(message)
+    if not least <= value <= most:
+        raise ValueError(message)
     return int(value)
 
 
@@ -218,33 +228,30 @@ def _scale(images):
     return np.multiply(images, np.float32(1 / 255), dtype=np.float32)
 
 
+# The way of the bytes: _load opens the four files, and _read_idx unpacks and checks each. If one is
+# missing or damaged, _fetch puts a new one in its place: _download tries the mirrors in turn, and
+# _get reads from one URL.
+
+
 def _load(folder, source_url, one_hot):
     """The arrays in the four files, in _FILES's order; fetches what is missing or damaged."""
-    arrays, faults = {}, {}
-    for name in _FILES:
-        path = os.path.join(folder, name)
-        if not os.path.exists(path) or os.path.exists(f'{path}.gz'):
-            path += '.gz'
+    arrays, missing, damaged = {}, {}, {}  # by name; the last two say what is wrong
+    paths = {name: _path(folder, name) for name in _FILES}
+    for name, path in paths.items():
         try:
             with open(path, 'rb') as f:
                 arrays[name] = _read_idx(f, name)
         except (FileNotFoundError, NotADirectoryError):
-            faults[name] = f'{path} is missing', None
+            missing[name] = f'{path} is missing'
         except ValueError as error:
-            faults[name] = f'{path} is damaged: {error}', path
+            damaged[name] = f'{path} is damaged: {error}'
 
-    is_mnist = source_url in _OF_MNIST
-    strange = [name for name in arrays if faults and is_mnist
-               and _sha256(arrays[name]) != _FILES[name]]
-    for fault, damaged in faults.values():
-        if strange or damaged and not is_mnist:
-            raise ValueError(f'{fault}; MNIST\'s mirrors cannot mend this data set'
-                             + (f' ({strange[0]} is not from MNIST)' if strange else '')
-                             + ': put a whole copy there by hand, or delete it to have it fetched '
-                             f'from its source_url (now {source_url})')
-    for name, (fault, damaged) in faults.items():
+    faults = missing | damaged
+    if faults:
+        _refuse_if_not_mnist(arrays, missing, damaged, source_url)
+    for name, fault in faults.items():
         arrays[name] = _fetch(os.path.join(folder, f'{name}.gz'), f'{source_url}{name}.gz', fault,
-                              damaged)
+                              paths[name] if name in damaged else None)
 
     names = list(_FILES)
     for images, labels in (names[:2], names[2:]):
@@ -261,19 +268,53 @@ def _load(folder, source_url, one_hot):
     return [arrays[name] for name in names]
 
 
+def _path(folder, name):
+    """Where the file is: gzipped or, if only that is there, unpacked."""
+    path = os.path.join(folder, name)
+    if os.path.exists(path) and not os.path.exists(f'{path}.gz'):
+        return path
+    return f'{path}.gz'
+
+
+def _refuse_if_not_mnist(arrays, missing, damaged, source_url):
+    """ValueError: what would be fetched does not belong to the files that are there."""
+    if source_url in _OF_MNIST:
+        others = [name for name in arrays if _sha256(arrays[name]) != _FILES[name]]
+        if not others:
+            return
+        fault = next(iter((missing | damaged).values()))
+        reason = f' ({others[0]} is not from MNIST)'
+    else:  # nobody knows its right contents, so nothing of it is replaced
+        if not damaged:
+            return
+        fault = next(iter(damaged.values()))
+        reason = ''
+    raise ValueError(f"{fault}; MNIST's mirrors cannot repair this data set{reason}: put a whole "
+                     'copy there by hand, or delete it to have it fetched from its source_url '
+                     f'(now {source_url})')
+
+
 def _read_idx(f, kind):
     """The array in an IDX file, of 'images' or 'labels', gzipped or not; ValueError: its fault."""
     ndim = 3 if 'images' in kind else 1
-    magic, data = 2048 + ndim, bytearray()
+    magic = 2048 + ndim
+    header_size = 4 + 4 * ndim
     try:
-        stream = gzip.GzipFile(fileobj=f) if f.peek(2)[:2] == b'\x1f\x8b' else f
-        header = stream.read(4 + 4 * ndim)
-        if len(header) < 4 + 4 * ndim or header[:4] != magic.to_bytes(4, 'big'):
+        is_gzip = f.peek(2)[:2] == b'\x1f\x8b'
+        stream = gzip.GzipFile(fileobj=f) if is_gzip else f
+        header = stream.read(header_size)
+        if len(header) < header_size or header[:4] != magic.to_bytes(4, 'big'):
             raise ValueError(f'it begins with {header!r}, expected magic number {magic} and a '
                              f'length for each of {ndim} dimensions')
         shape = np.frombuffer(header, '>u4')[1:].tolist()
-        promised = math.prod(shape)  # and only as much memory is taken as there is to read
-        while len(data) <= promised and (piece := stream.read(1 << 20)):
+        promised = math.prod(shape)
+
+        # Piece by piece, so that a wrong header cannot ask for more memory than there are bytes.
+        data = bytearray()
+        while len(data) <= promised:
+            piece = stream.read(1 << 20)
+            if not piece:
+                break
             data += piece
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f'its gzip data is broken ({error})') from error
@@ -290,22 +331,27 @@ def _sha256(array):
 
 
 def _fetch(path, url, fault, damaged=None):
-    """Downloads a file, puts it in place, a damaged one aside; returns its array, if it is IDX."""
+    """Downloads a file to a path; returns its array, or None if it is not one of _FILES.
+
+    `fault` says why, for the messages. `damaged` is the path of a file to be replaced, which is
+    renamed and kept.
+    """
     folder, packed = os.path.split(path)
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(error.errno, f'the data cannot be kept here ({error.strerror}): name a '
+        raise OSError(error.errno, f'the data cannot be written here ({error.strerror}): name a '
                       'folder that can be written', folder) from error
     body, array = _download(url, packed, fault)
+    # Other processes may do the same. A file gets its name when it is whole, not before.
     with tempfile.TemporaryDirectory(dir=folder) as beside:
         part = os.path.join(beside, packed)
         with open(part, 'xb') as f:
             f.write(body)
         if damaged:
             aside = f'{damaged}.damaged-{os.urandom(4).hex()}'
-            with contextlib.suppress(FileNotFoundError):  # another process has done it
+            with contextlib.suppress(FileNotFoundError):  # another process has renamed it
                 os.rename(damaged, aside)
             print(f'{fault}; set aside as {aside}, fetched anew', file=sys.stderr)
         os.replace(part, path)
@@ -313,40 +359,49 @@ def _fetch(path, url, fault, damaged=None):
 
 
 def _download(url, packed, fault):
-    """The file and its array, from the URL or, if it is MNIST's, from the mirrors in turn."""
+    """A file's bytes and its array, from the URL or, if it is MNIST's, from the mirrors in turn."""
     name = packed.removesuffix('.gz')
     is_mnist = name in _FILES and url.removesuffix(packed) in _OF_MNIST
-    urls, reasons = [mirror + packed for mirror in _MIRRORS] if is_mnist else [url], {}
+    urls = [mirror + packed for mirror in _MIRRORS] if is_mnist else [url]
+    reasons = {}  # by URL: why it failed
     for pause in _PAUSES:
-        time.sleep(pause if urls else 0)
-        for url in list(urls):
+        if not urls:
+            break
+        time.sleep(pause)
+        for source in list(urls):
             try:
-                body = _get(url)
-                array = name in _FILES and _read_idx(io.BufferedReader(io.BytesIO(body)), name)
+                body = _get(source)
+                array = None
+                if name in _FILES:
+                    array = _read_idx(io.BufferedReader(io.BytesIO(body)), name)
                 if is_mnist and _sha256(array) != _FILES[name]:
-                    raise ValueError('another file than MNIST\'s (by its SHA-256)')
+                    raise ValueError("another file than MNIST's (by its SHA-256)")
                 return body, array
             except (OSError, http.client.HTTPException, ValueError) as error:
-                reasons[url] = str(error) or repr(error)
-                if getattr(error, 'code', None) in (400, 401, 403, 404, 410):  # its last word
-                    urls.remove(url)
-    tried = '; '.join(f'{url}: {reason}' for url, reason in reasons.items())
+                reasons[source] = str(error) or repr(error)
+                if getattr(error, 'code', None) in _REFUSALS:
+                    urls.remove(source)
+    tried = '; '.join(f'{source}: {reason}' for source, reason in reasons.items())
     raise OSError(f'{fault}, and could not be fetched from {tried}; put the file there by hand')
 
 
 def _get(url):
-    """The body at a URL, whole; shows its progress on a terminal."""
-    body, shows = bytearray(), sys.stderr.isatty()
+    """All bytes at a URL; on a terminal, standard error shows how many there are so far."""
+    body = bytearray()
+    on_terminal = sys.stderr.isatty()
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
             size = int(response.headers['Content-Length'] or 0)
-            while piece := response.read(1 << 16):
+            while True:
+                piece = response.read(1 << 16)
+                if not piece:
+                    break
                 body += piece
-                if shows:
-                    share = f'{len(body) / size:4.0%}' if size else f'{len(body):,} bytes'
-                    print(f'\r{url} {share}', end='', file=sys.stderr, flush=True)
+                if on_terminal:
+                    done = f'{len(body) / size:4.0%}' if size else f'{len(body):,} bytes'
+                    print(f'\r{url} {done}', end='', file=sys.stderr, flush=True)
     finally:
-        if shows:
+        if on_terminal:
             print(file=sys.stderr)
     if size and len(body) != size:
         raise ConnectionError(f'cut off after {len(body):,} of {size} bytes')

@@ -13,26 +13,17 @@ import sys
 import tempfile
 import time
 
+import input_data
 
-def stop(step, hint=''):
-    """Ends the program as Ctrl-C should: with one line and exit code 130."""
-    print(f'stopped at step {step}{hint}', file=sys.stderr)
-    sys.exit(130)
-
-
-# TensorFlow greets on file descriptor 2 as it loads, whatever its log level: out of sight, unless
-# TF_CPP_MIN_LOG_LEVEL=0 asks for it.
+# TensorFlow writes to file descriptor 2 while it loads, at any log level: keep that off the screen.
 screen = os.dup(2)
 if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3') != '0':
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
-    import input_data
     import tensorflow.compat.v1 as tf
-except KeyboardInterrupt:
-    os.dup2(screen, 2)
-    stop(0)
 finally:
     os.dup2(screen, 2)
+os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')  # a GPU's memory as it is needed
 tf.logging.set_verbosity(tf.logging.ERROR)
 tf.disable_v2_behavior()
 
@@ -116,94 +107,56 @@ def bias_variable(shape):
 def main(argv=None):
     """Trains and evaluates the network; `argv` are the command line's flags, sys.argv's if None."""
     parser, flags = parse_flags(argv)
-    if flags.seed is not None:
-        tf.set_random_seed(flags.seed)
-        os.environ['TF_DETERMINISTIC_OPS'] = '1'  # sums in one order on a GPU, too
+    tf.set_random_seed(flags.seed)
 
     # Import data
-    try:
-        mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=flags.seed)
-        pixels = mnist.validation.next_batch(1)[0].size
-        if pixels != 784:
-            raise ValueError(f'images of {pixels} pixels, expected 28x28')
-    except (OSError, ValueError) as error:
-        parser.error(f'--data_dir {flags.data_dir}, or --seed: {error}')
+    mnist = read_data(parser, flags)
 
     # Create the model
     x = tf.placeholder(tf.float32, shape=[None, 784])
     y_ = tf.placeholder(tf.float32, shape=[None, 10])
     y_conv, keep_prob = deepnn(x)
 
+    # Define loss and optimizer
     with tf.name_scope('loss'):
         cross_entropy = tf.reduce_mean(
             tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y_conv))
 
     with tf.name_scope('adam_optimizer'):
-        global_step = tf.train.get_or_create_global_step()
         train_step = tf.train.AdamOptimizer(flags.learning_rate).minimize(
-            cross_entropy, global_step=global_step)
+            cross_entropy, global_step=tf.train.get_or_create_global_step())
 
     with tf.name_scope('accuracy'):
         correct_prediction = tf.equal(tf.argmax(y_conv, 1), tf.argmax(y_, 1))
         accuracy = tf.reduce_mean(tf.cast(correct_prediction, tf.float32))
 
-    saver = tf.train.Saver(max_to_keep=2, save_relative_paths=True)
-    summaries = training_summaries(cross_entropy, accuracy)
+    # What --model_dir adds: it resumes, saves, and writes for TensorBoard. You can skip its lines.
+    model_dir = ModelDir(parser, flags, cross_entropy, accuracy)
 
-    with tf.Session(config=session_config(flags.bfloat16)) as sess:
+    with tf.Session(config=session_config(flags.bfloat16, flags.seed)) as sess:
         sess.run(tf.global_variables_initializer())
-        start, writer = 0, None
-        if flags.model_dir:
-            try:
-                start = resume(sess, saver, flags.model_dir)
-            except (OSError, ValueError) as error:
-                parser.error(f'--model_dir {flags.model_dir}: {error}')
-            if start:
-                print(f'going on from step {start} of {flags.max_steps}', file=sys.stderr)
-            if start < flags.max_steps:
-                writer = tf.summary.FileWriter(flags.model_dir, sess.graph)
-                # What an earlier run wrote of later steps, before it was killed, is void.
-                writer.add_session_log(tf.SessionLog(status=tf.SessionLog.START), start)
 
-        def save():
-            saver.save(sess, os.path.join(flags.model_dir, CHECKPOINT), global_step,
-                       write_meta_graph=False)
-            writer.flush()
+        # Train
+        for i in model_dir.steps(mnist.train):
+            batch = mnist.train.next_batch(flags.batch_size)
+            if i % 100 == 0:
+                train_accuracy, summary = sess.run([accuracy, model_dir.summary], feed_dict={
+                    x: batch[0], y_: batch[1], keep_prob: 1.0})
+                print('step %d, training accuracy %g' % (i, train_accuracy), flush=True)
+                model_dir.add_summary(summary, i)
+            train_step.run(feed_dict={x: batch[0], y_: batch[1], keep_prob: 0.5})
 
-        try:
-            if flags.seed is not None:
-                for _ in range(min(start, flags.max_steps)):  # these the earlier runs have had
-                    mnist.train.next_batch(flags.batch_size)
+        # Test the trained network
+        correct = 0
+        for images, labels in in_batches(mnist.test):
+            correct += correct_prediction.eval(feed_dict={
+                x: images, y_: labels, keep_prob: 1.0}).sum()
+        print('test accuracy %g' % (correct / mnist.test.num_examples))
+        model_dir.write_mistakes(mnist.test, x, y_, keep_prob, y_conv)
 
-            # Train
-            for i in progress(range(start, flags.max_steps)):
-                batch = mnist.train.next_batch(flags.batch_size)
-                if i % 100 == 0:
-                    train_accuracy, summary = sess.run([accuracy, summaries], feed_dict={
-                        x: batch[0], y_: batch[1], keep_prob: 1.0})
-                    print('step %d, training accuracy %g' % (i, train_accuracy), flush=True)
-                    if writer:
-                        writer.add_summary(summary, i)
-                train_step.run(feed_dict={x: batch[0], y_: batch[1], keep_prob: 0.5})
-                if writer and ((i + 1) % flags.save_checkpoints_steps == 0
-                               or i + 1 == flags.max_steps):
-                    save()
 
-            # Test the trained network
-            correct = 0
-            for images, labels in in_batches(mnist.test):
-                correct += correct_prediction.eval(feed_dict={
-                    x: images, y_: labels, keep_prob: 1.0}).sum()
-            print('test accuracy %g' % (correct / mnist.test.num_examples))
-            if writer:
-                write_mistakes(writer, mnist.test, x, y_, keep_prob, y_conv)
-                writer.close()
-        except KeyboardInterrupt:
-            usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one is not to stop this
-            if writer:
-                save()
-            signal.signal(signal.SIGINT, usual)
-            stop(global_step.eval(), f', kept in {flags.model_dir}' if flags.model_dir else '')
+# The tutorial ends here. The rest is for the command line: test images in batches, the progress
+# line and Ctrl-C, then --model_dir, --bfloat16 and the other flags.
 
 
 def in_batches(data_set, size=200):
@@ -211,24 +164,27 @@ def in_batches(data_set, size=200):
 
     The first layer's output for all 10,000 test images at once would take a gigabyte.
     """
-    for start in progress(range(0, data_set.num_examples, size)):
-        yield data_set.next_batch(min(size, data_set.num_examples - start), shuffle=False)
+    for i in progress(range(math.ceil(data_set.num_examples / size)), 'test batch'):
+        rest = data_set.num_examples - i * size
+        yield data_set.next_batch(min(size, rest), shuffle=False)
 
 
-def progress(steps):
+def progress(steps, name='step'):
     """Yields the steps; on a terminal, standard error shows their speed and the time left.
 
-    Ctrl-C waits until a step is done: amid a session's run it can crash TensorFlow.
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; it says at which step. It waits until the step is
+            done: in the middle of a session's run it can crash TensorFlow.
     """
     pressed, usual = [], signal.getsignal(signal.SIGINT)
-    if usual != signal.SIG_IGN:  # which is what background jobs do
+    if usual != signal.SIG_IGN:  # a background job ignores Ctrl-C, and should go on doing so
         signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     began = shown = time.monotonic()
     try:
         for done, step in enumerate(steps, 1):
             yield step
             if pressed:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(f'stopped at {name} {step + 1}')
             now = time.monotonic()
             if now > shown + 0.5 and sys.stderr.isatty():
                 shown, speed = now, done / (now - began)
@@ -241,13 +197,170 @@ def progress(steps):
         signal.signal(signal.SIGINT, usual)
 
 
-# What follows serves --bfloat16, --model_dir and the other flags; the network is above.
+class ModelDir:
+    """What --model_dir adds to the training: checkpoints to resume from, and TensorBoard's events.
+
+    Without the flag, nothing is read and nothing is written.
+
+    Args:
+        parser, flags: of the command line; what is wrong with the folder is said as argparse does.
+        cross_entropy, accuracy: scalar tensors, to be shown in TensorBoard.
+
+    Attributes:
+        summary: string tensor, to be fetched together with the accuracy and given to `add_summary`.
+    """
+
+    CHECKPOINT = 'mnist_deep.ckpt'  # what the checkpoints' file names begin with
+
+    def __init__(self, parser, flags, cross_entropy, accuracy):
+        self.parser, self.flags, self.folder = parser, flags, flags.model_dir
+        self.saver = tf.train.Saver(max_to_keep=2, save_relative_paths=True)
+        self.summary = training_summaries(cross_entropy, accuracy)
+        self.writer = None
+
+    def steps(self, train):
+        """Yields the numbers of the steps still to be done, and saves after those where it is due.
+
+        Args:
+            train: the training set. With --seed, its order goes on where the earlier runs left it.
+        """
+        start, end = 0, self.flags.max_steps
+        if self.folder:
+            try:
+                start = self.restore()
+            except (OSError, ValueError) as error:
+                self.parser.error(f'--model_dir {self.folder}: {error}')
+        if start:
+            print(f'going on from step {start} of {end}', file=sys.stderr)
+        if start and start < end and self.flags.seed is not None:
+            draw_again(start, train, self.flags.batch_size)
+        if self.folder and start < end:
+            self.writer = tf.summary.FileWriter(self.folder, tf.get_default_graph())
+            # TensorBoard then forgets the later steps of a run that was killed.
+            self.writer.add_session_log(tf.SessionLog(status=tf.SessionLog.START), start)
+
+        try:
+            for i in progress(range(start, end)):
+                yield i
+                if (i + 1) % self.flags.save_checkpoints_steps == 0 or i + 1 == end:
+                    self.save()
+        except KeyboardInterrupt as stopped:
+            if not self.folder:
+                raise
+            usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing may stop this
+            self.save()
+            signal.signal(signal.SIGINT, usual)
+            raise KeyboardInterrupt(f'{stopped}, kept in {self.folder}') from None
+
+    def restore(self):
+        """Restores the folder's newest checkpoint, if it has one, into the session.
+
+        Returns:
+            The number of steps that the network in it was trained for; 0 for a new folder.
+
+        Raises:
+            OSError: the folder cannot be made or written.
+            ValueError: it holds something else than this network.
+        """
+        os.makedirs(self.folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.folder).close()  # raises if nothing can be written
+        state = tf.train.get_checkpoint_state(self.folder)
+        if state is None:
+            ours = (self.CHECKPOINT, 'checkpoint.tmp', 'events.out.tfevents')
+            others = [name for name in sorted(os.listdir(self.folder)) if not name.startswith(ours)]
+            if others:
+                raise ValueError(f'it holds {others[0]}, and no checkpoint of this network; '
+                                 'name a new folder')
+            return 0
+
+        newest = state.model_checkpoint_path
+        try:
+            found = tf.train.load_checkpoint(newest).get_variable_to_shape_map()
+        except (tf.errors.OpError, ValueError) as error:
+            raise ValueError(
+                f'its checkpoint cannot be read ({error}); name a new folder') from error
+        if found != {variable.op.name: variable.shape.as_list()
+                     for variable in tf.global_variables()}:
+            raise ValueError('its checkpoint is of another model; name a new folder')
+        self.saver.restore(tf.get_default_session(), newest)
+        self.saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
+        # A run that was killed while it saved leaves its temporary files.
+        for left in glob.glob(f'{glob.escape(self.folder)}/{self.CHECKPOINT}*.tempstate*'):
+            os.remove(left)
+        return tf.train.get_global_step().eval()
+
+    def save(self):
+        """Saves a checkpoint, if there is a folder, and what was written for TensorBoard so far."""
+        if self.folder:
+            self.saver.save(
+                tf.get_default_session(), os.path.join(self.folder, self.CHECKPOINT),
+                tf.train.get_global_step(), write_meta_graph=False)
+            self.writer.flush()
+
+    def add_summary(self, summary, step):
+        """Writes, for TensorBoard, what was fetched from `summary` before a step."""
+        if self.writer:
+            self.writer.add_summary(summary, step)
+
+    def write_mistakes(self, data_set, x, y_, keep_prob, y_conv):
+        """Writes, for TensorBoard, the images that the trained network gets wrong, each as
+        mistakes/CLASS_taken_for_PREDICTION. The tensors are those of the tutorial.
+        """
+        if not self.writer:
+            return
+        predictions, classes = tf.argmax(y_conv, 1), tf.argmax(y_, 1)
+        wrong = tf.where(tf.not_equal(predictions, classes))[:, 0]
+        pixels = tf.reshape(tf.gather(x, wrong), [-1, 28, 28, 1])
+        pictures = tf.map_fn(tf.image.encode_png, tf.cast(tf.round(pixels * 255), tf.uint8),
+                             fn_output_signature=tf.string)
+        mistakes = [wrong, tf.gather(classes, wrong), tf.gather(predictions, wrong), pictures]
+        start = 0
+        for images, labels in in_batches(data_set):
+            found = tf.get_default_session().run(mistakes, {x: images, y_: labels, keep_prob: 1.0})
+            for number, label, prediction, picture in zip(*found):
+                self.writer.add_summary(tf.Summary(value=[tf.Summary.Value(
+                    tag=f'mistakes/{label}_taken_for_{prediction}/test_image_{start + number}',
+                    image=tf.Summary.Image(height=28, width=28, colorspace=1,
+                                           encoded_image_string=picture))]))
+            start += len(images)
+        self.writer.close()
 
 
-def session_config(bfloat16):
+def draw_again(steps, train, batch_size):
+    """Draws the random numbers of the first steps once more, so that the next ones are next.
+
+    In each process, the order of the minibatches and dropout begin anew from the seed. Dropout
+    draws [batch_size, 1024] numbers each time the network runs: in each training step and, every
+    100 steps, for the training accuracy. Only its random operation is run here.
+    """
+    dropout = next(op for op in tf.get_default_graph().get_operations()
+                   if op.type == 'RandomUniform' and op.name.startswith('dropout/'))
+    shape, = dropout.inputs
+    for i in progress(range(steps), 'repeated draw'):
+        train.next_batch(batch_size)
+        if i % 100 == 0:
+            dropout.run(feed_dict={shape: [batch_size, 1024]})
+        dropout.run(feed_dict={shape: [batch_size, 1024]})
+
+
+def training_summaries(cross_entropy, accuracy):
+    """What TensorBoard shows of the training: two curves, and what the first layer learned."""
+    W_conv1 = tf.trainable_variables('conv1')[0]
+    with tf.name_scope('filters'):  # 4 rows of 8, 5x5 pixels each and 1 between them
+        tiles = tf.pad(tf.reshape(W_conv1, [5, 5, 4, 8]), [[0, 1], [0, 1], [0, 0], [0, 0]])
+        grid = tf.reshape(tf.transpose(tiles, [2, 0, 3, 1]), [1, 4 * 6, 8 * 6, 1])
+    return tf.summary.merge([
+        tf.summary.scalar('cross_entropy', cross_entropy),
+        tf.summary.scalar('training_accuracy', accuracy),
+        tf.summary.histogram('W_conv1', W_conv1),
+        tf.summary.image('W_conv1_filters', grid)])
+
+
+def session_config(bfloat16, seed=None):
     """The session's settings; bfloat16: whether to compute in it, where the CPU can."""
+    if seed is not None:
+        os.environ['TF_DETERMINISTIC_OPS'] = '1'  # a GPU then adds in the same order each time
     config = tf.ConfigProto()
-    config.gpu_options.allow_growth = True  # a GPU's memory as it is needed, not all of it
     if bfloat16 and computes_in_bfloat16():
         rewrites = config.graph_options.rewrite_options
         rewrites.auto_mixed_precision_onednn_bfloat16 = rewrites.ON
@@ -272,76 +385,6 @@ def computes_in_bfloat16():
             return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpuinfo.read().split())
     except OSError:
         return False
-
-
-CHECKPOINT = 'mnist_deep.ckpt'  # what the checkpoints' file names begin with
-
-
-def resume(sess, saver, model_dir):
-    """Restores the folder's newest checkpoint, if it has one, into the session.
-
-    Returns:
-        The number of steps that the network in it was trained for; 0 for a new folder.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-        ValueError: it holds something else than this network.
-    """
-    os.makedirs(model_dir, exist_ok=True)
-    tempfile.TemporaryFile(dir=model_dir).close()  # raises if nothing can be written
-    state = tf.train.get_checkpoint_state(model_dir)
-    if state is None:
-        ours = (CHECKPOINT, 'checkpoint.tmp', 'events.out.tfevents')
-        others = [name for name in sorted(os.listdir(model_dir)) if not name.startswith(ours)]
-        if others:
-            raise ValueError(f'it holds {others[0]}, and no checkpoint of this network; '
-                             'name a new folder')
-        return 0
-
-    expected = {variable.op.name: variable.shape.as_list() for variable in tf.global_variables()}
-    try:
-        found = tf.train.load_checkpoint(state.model_checkpoint_path).get_variable_to_shape_map()
-    except (tf.errors.OpError, ValueError) as error:
-        raise ValueError(f'its checkpoint cannot be read ({error}); name a new folder') from error
-    if found != expected:
-        raise ValueError('its checkpoint is of another model; name a new folder')
-    saver.restore(sess, state.model_checkpoint_path)
-    saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
-    for leftover in glob.glob(os.path.join(glob.escape(model_dir), CHECKPOINT + '*.tempstate*')):
-        os.remove(leftover)  # of a run that was killed while it saved
-    return tf.train.get_global_step().eval()
-
-
-def training_summaries(cross_entropy, accuracy):
-    """What TensorBoard shows of the training: two curves, and what the first layer learned."""
-    W_conv1 = tf.trainable_variables('conv1')[0]
-    with tf.name_scope('filters'):  # 4 rows of 8, 5x5 pixels each and 1 between them
-        tiles = tf.pad(tf.reshape(W_conv1, [5, 5, 4, 8]), [[0, 1], [0, 1], [0, 0], [0, 0]])
-        grid = tf.reshape(tf.transpose(tiles, [2, 0, 3, 1]), [1, 4 * 6, 8 * 6, 1])
-    return tf.summary.merge([
-        tf.summary.scalar('cross_entropy', cross_entropy),
-        tf.summary.scalar('training_accuracy', accuracy),
-        tf.summary.histogram('W_conv1', W_conv1),
-        tf.summary.image('W_conv1_filters', grid)])
-
-
-def write_mistakes(writer, data_set, x, y_, keep_prob, y_conv):
-    """Writes, for TensorBoard, the images that the network gets wrong and what it took them for."""
-    guesses, classes = tf.argmax(y_conv, 1), tf.argmax(y_, 1)
-    wrong = tf.where(tf.not_equal(guesses, classes))[:, 0]
-    pixels = tf.reshape(tf.gather(x, wrong), [-1, 28, 28, 1])
-    pictures = tf.map_fn(tf.image.encode_png, tf.cast(tf.round(pixels * 255), tf.uint8),
-                         fn_output_signature=tf.string)
-    mistakes = [wrong, tf.gather(classes, wrong), tf.gather(guesses, wrong), pictures]
-    start = 0
-    for images, labels in in_batches(data_set):
-        found = tf.get_default_session().run(mistakes, {x: images, y_: labels, keep_prob: 1.0})
-        for number, label, guess, picture in zip(*found):
-            writer.add_summary(tf.Summary(value=[tf.Summary.Value(
-                tag=f'mistakes/{label}_taken_for_{guess}/test_image_{start + number}',
-                image=tf.Summary.Image(height=28, width=28, colorspace=1,
-                                       encoded_image_string=picture))]))
-        start += len(images)
 
 
 def parse_flags(argv):
@@ -370,8 +413,21 @@ def parse_flags(argv):
     return parser, flags
 
 
+def read_data(parser, flags):
+    """MNIST from `input_data.read_data_sets`; what is wrong with it is said as argparse does."""
+    try:
+        mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=flags.seed)
+        pixels = mnist.validation.next_batch(1)[0].size
+        if pixels != 784:
+            raise ValueError(f'images of {pixels} pixels, expected 28x28')
+    except (OSError, ValueError) as error:
+        parser.error(f'--data_dir {flags.data_dir}, or --seed: {error}')
+    return mnist
+
+
 if __name__ == '__main__':
     try:
         main()
-    except KeyboardInterrupt:
-        stop(0)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or 'stopped', file=sys.stderr)
+        sys.exit(130)

@@ -11,26 +11,17 @@ import signal
 import sys
 import time
 
+import input_data
 
-def stop(step):
-    """Ends the program as Ctrl-C should: with one line and exit code 130."""
-    print(f'stopped at step {step}', file=sys.stderr)
-    sys.exit(130)
-
-
-# TensorFlow greets on file descriptor 2 as it loads, whatever its log level: out of sight, unless
-# TF_CPP_MIN_LOG_LEVEL=0 asks for it.
+# TensorFlow writes to file descriptor 2 while it loads, at any log level: keep that off the screen.
 screen = os.dup(2)
 if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3') != '0':
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
-    import input_data
     import tensorflow.compat.v1 as tf
-except KeyboardInterrupt:
-    os.dup2(screen, 2)
-    stop(0)
 finally:
     os.dup2(screen, 2)
+os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')  # a GPU's memory as it is needed
 tf.logging.set_verbosity(tf.logging.ERROR)
 tf.disable_v2_behavior()
 
@@ -38,17 +29,9 @@ tf.disable_v2_behavior()
 def main(argv=None):
     """Trains and evaluates the model; `argv` are the command line's flags, sys.argv's if None."""
     parser, flags = parse_flags(argv)
-    if flags.seed is not None:
-        tf.set_random_seed(flags.seed)
-        os.environ['TF_DETERMINISTIC_OPS'] = '1'  # sums in one order on a GPU, too
 
     # Import data
-    try:
-        mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=flags.seed)
-        if mnist.test.images.shape[1] != 784:
-            raise ValueError(f'images of {mnist.test.images.shape[1]} pixels, expected 28x28')
-    except (OSError, ValueError) as error:
-        parser.error(f'--data_dir {flags.data_dir}, or --seed: {error}')
+    mnist = read_data(parser, flags)
 
     # Create the model
     x = tf.placeholder(tf.float32, shape=[None, 784])
@@ -65,40 +48,41 @@ def main(argv=None):
         tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y))
     train_step = tf.train.GradientDescentOptimizer(flags.learning_rate).minimize(cross_entropy)
 
-    config = tf.ConfigProto()
-    config.gpu_options.allow_growth = True  # a GPU's memory as it is needed, not all of it
-    sess = tf.InteractiveSession(config=config)
+    sess = tf.InteractiveSession()
     sess.run(tf.global_variables_initializer())
-    try:
-        # Train
-        for i in progress(range(flags.max_steps)):
-            batch = mnist.train.next_batch(flags.batch_size)
-            train_step.run(feed_dict={x: batch[0], y_: batch[1]})
 
-        # Test the trained model: the share of digits whose largest y is that of their class
-        correct_prediction = tf.equal(tf.argmax(y, 1), tf.argmax(y_, 1))
-        accuracy = tf.reduce_mean(tf.cast(correct_prediction, tf.float32))
-        print('test accuracy %g' % accuracy.eval(
-            feed_dict={x: mnist.test.images, y_: mnist.test.labels}))
-    except KeyboardInterrupt:
-        stop(i + 1)
+    # Train
+    for _ in progress(range(flags.max_steps)):
+        batch = mnist.train.next_batch(flags.batch_size)
+        train_step.run(feed_dict={x: batch[0], y_: batch[1]})
+
+    # Test the trained model
+    correct_prediction = tf.equal(tf.argmax(y, 1), tf.argmax(y_, 1))
+    accuracy = tf.reduce_mean(tf.cast(correct_prediction, tf.float32))
+    print('test accuracy %g' % accuracy.eval(
+        feed_dict={x: mnist.test.images, y_: mnist.test.labels}))
     sess.close()
 
 
-def progress(steps):
+# The tutorial ends here. The rest is for the command line: the progress line, Ctrl-C and the flags.
+
+
+def progress(steps, name='step'):
     """Yields the steps; on a terminal, standard error shows their speed and the time left.
 
-    Ctrl-C waits until a step is done: amid a session's run it can crash TensorFlow.
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; it says at which step. It waits until the step is
+            done: in the middle of a session's run it can crash TensorFlow.
     """
     pressed, usual = [], signal.getsignal(signal.SIGINT)
-    if usual != signal.SIG_IGN:  # which is what background jobs do
+    if usual != signal.SIG_IGN:  # a background job ignores Ctrl-C, and should go on doing so
         signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     began = shown = time.monotonic()
     try:
         for done, step in enumerate(steps, 1):
             yield step
             if pressed:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(f'stopped at {name} {step + 1}')
             now = time.monotonic()
             if now > shown + 0.5 and sys.stderr.isatty():
                 shown, speed = now, done / (now - began)
@@ -130,8 +114,21 @@ def parse_flags(argv):
     return parser, flags
 
 
+def read_data(parser, flags):
+    """MNIST from `input_data.read_data_sets`; what is wrong with it is said as argparse does."""
+    try:
+        mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=flags.seed)
+        pixels = mnist.validation.next_batch(1)[0].size
+        if pixels != 784:
+            raise ValueError(f'images of {pixels} pixels, expected 28x28')
+    except (OSError, ValueError) as error:
+        parser.error(f'--data_dir {flags.data_dir}, or --seed: {error}')
+    return mnist
+
+
 if __name__ == '__main__':
     try:
         main()
-    except KeyboardInterrupt:
-        stop(0)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or 'stopped', file=sys.stderr)
+        sys.exit(130)

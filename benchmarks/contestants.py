@@ -3,6 +3,7 @@
 A function here is a contestant; its arguments come from the JSON, what it returns is printed.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -31,10 +32,10 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
 
 
-def timed(function):
+def timed(function, *arguments):
     """Seconds that it takes, and what it returns."""
     began = time.perf_counter()
-    result = function()
+    result = function(*arguments)
     return time.perf_counter() - began, result
 
 
@@ -74,8 +75,7 @@ def loader_1x(epochs, folder=str(DATA)):
 
     def read(name, header):
         path = pathlib.Path(folder, name)
-        opened = gzip.open(f'{path}.gz') if not path.exists() else path.open('rb')
-        with opened as f:
+        with path.open('rb') if path.exists() else gzip.open(f'{path}.gz') as f:
             return np.frombuffer(f.read(), np.uint8, offset=header)
 
     class Train:
@@ -199,7 +199,7 @@ def step_ours(steps, bfloat16=False):
     fed = batches(20 + steps)
     with tf.Session(config=mnist_deep.session_config(bfloat16)) as sess:
         sess.run(tf.global_variables_initializer())
-        times = [timed(lambda: sess.run(train_step, {x: images, y_: labels, keep_prob: 0.5}))[0]
+        times = [timed(sess.run, train_step, {x: images, y_: labels, keep_prob: 0.5})[0]
                  for images, labels in fed][20:]
         result = {'step ms': median(times)}
         if not bfloat16:
@@ -258,7 +258,7 @@ def step_torch(steps, channels_last=False, bfloat16=False):
         loss.backward()
         optimizer.step()
 
-    times = [timed(lambda: step(*batch))[0] for batch in batches(20 + steps)]
+    times = [timed(step, *batch)[0] for batch in batches(20 + steps)]
     return {'step ms': median(times[20:])}
 
 
@@ -313,9 +313,8 @@ def whole_run(steps, flags, began):
         calls.append((getattr(fetches, 'name', str(fetches)), start, time.time()))
         return result
     session.run = recorded
-    standard_output, sys.stdout = sys.stdout, open(os.devnull, 'w')
-    mnist_deep.main([f'--max_steps={steps}', *flags])
-    sys.stdout = standard_output
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+        mnist_deep.main([f'--max_steps={steps}', *flags])
     ended = time.time()
 
     def is_work(name):  # saving and drawing the mistakes run in the session, too, but are extras

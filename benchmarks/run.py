@@ -52,7 +52,7 @@ def compete(title, contestants, rounds, ratios, note):
                 arguments = {**arguments, 'began': time.time()}
             process = subprocess.run(
                 [sys.executable, str(HERE / 'contestants.py'), function, json.dumps(arguments)],
-                capture_output=True, text=True)
+                capture_output=True, text=True, check=False)
             if process.returncode:
                 said = process.stderr.strip().splitlines() or ['no message']
                 failures[name] = f'failed with code {process.returncode}: {said[-1]}'
@@ -118,8 +118,8 @@ def write_synthetic(folder, images):
                             ('labels-idx1', mnist.train.labels)):
             with open(os.path.join(folder, f'{part}-{kind}-ubyte'), 'wb') as f:
                 f.write(np.array([2048 + array.ndim, count, *array.shape[1:]], '>u4').tobytes())
-                for start in range(0, count, len(array)):
-                    f.write(array[:count - start].tobytes())
+                f.writelines(array[:count - start].tobytes()
+                             for start in range(0, count, len(array)))
 
 
 def loader(quick, note):

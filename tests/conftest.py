@@ -127,7 +127,7 @@ def few_digits(tmp_path_factory):
 def python(*arguments, **options):
     """Runs a Python process to its end; its result."""
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
-                          timeout=300, **{'cwd': ROOT, 'env': ENVIRONMENT, **options})
+                          timeout=300, check=False, **{'cwd': ROOT, 'env': ENVIRONMENT, **options})
 
 
 def start(*arguments, **options):

@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT, python
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
-import contestants  # noqa: E402 (the path comes first)
-import run  # noqa: E402
+import contestants
+import run
 
 
 @pytest.fixture(scope='module')

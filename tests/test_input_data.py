@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import io
 import os
+import pathlib
 import shutil
 import signal
 import sys
@@ -43,12 +44,12 @@ def numbered(n, **options):
 
 
 @pytest.mark.parametrize('name, parameters', [
-    ('read_data_sets', "(train_dir, fake_data=False, one_hot=False, dtype=<class 'numpy.float32'>,"
-                       " reshape=True, validation_size=5000, seed=None, source_url="
-                       "'https://storage.googleapis.com/cvdf-datasets/mnist/')"),
+    ('read_data_sets', ("(train_dir, fake_data=False, one_hot=False, dtype=<class 'numpy.float32'>,"
+                        " reshape=True, validation_size=5000, seed=None, source_url="
+                        "'https://storage.googleapis.com/cvdf-datasets/mnist/')")),
     ('load_mnist', "(train_dir='MNIST-data')"),
-    ('DataSet', "(images, labels, fake_data=False, one_hot=False, dtype=<class 'numpy.float32'>, "
-                'reshape=True, seed=None)'),
+    ('DataSet', ("(images, labels, fake_data=False, one_hot=False, dtype=<class 'numpy.float32'>, "
+                 'reshape=True, seed=None)')),
     ('extract_images', '(f)'),
     ('extract_labels', '(f, one_hot=False, num_classes=10)'),
     ('dense_to_one_hot', '(labels_dense, num_classes)'),
@@ -171,8 +172,8 @@ def test_a_data_set_of_other_numbers_is_scaled_as_in_1x():
 
 
 @pytest.mark.parametrize('images, labels, message', [
-    (np.zeros((3, 2, 2, 1)), np.zeros(4), r'images \[3, 2, 2, 1\] and labels \[4\], '
-     'expected as many'),
+    (np.zeros((3, 2, 2, 1)), np.zeros(4),
+     r'images \[3, 2, 2, 1\] and labels \[4\], expected as many'),
     (np.zeros((3, 4)), np.zeros(3), r'images \[3, 4\] .* \[n, rows, columns, 1\]'),
     (np.zeros((3, 2, 2, 3)), np.zeros(3), r'images \[3, 2, 2, 3\]')])
 def test_a_data_set_refuses_arrays_that_do_not_fit(images, labels, message):
@@ -330,8 +331,8 @@ def test_batches_of_any_size_join_to_epochs_that_are_permutations(n, batch_size)
 
 def test_without_shuffling_batches_run_through_the_files_order():
     part = numbered(7)
-    drawn = sum((part.next_batch(3, shuffle=False)[1].tolist() for _ in range(7)), [])
-    assert drawn == list(range(7)) * 3
+    drawn = np.concatenate([part.next_batch(3, shuffle=False)[1] for _ in range(7)])
+    assert drawn.tolist() == list(range(7)) * 3
 
 
 # Arguments
@@ -373,7 +374,7 @@ def test_a_validation_size_over_the_number_of_examples_is_refused():
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path, mirrors):
     (tmp_path / 'file').write_text('mine')
-    with pytest.raises(OSError, match="cannot be kept here .*exists.*name a folder .*file'"):
+    with pytest.raises(OSError, match="cannot be written here .*exists.*name a folder .*file'"):
         input_data.read_data_sets(tmp_path / 'file')
     assert (tmp_path / 'file').read_text() == 'mine'
     assert not mirrors.requests
@@ -381,7 +382,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path, mirrors):
 
 def test_a_folder_that_cannot_be_made_is_refused_before_any_download(tmp_path, mirrors):
     (tmp_path / 'file').write_text('mine')
-    with pytest.raises(OSError, match='cannot be kept here .*name a folder'):
+    with pytest.raises(OSError, match='cannot be written here .*name a folder'):
         input_data.read_data_sets(tmp_path / 'file' / 'folder')
     assert not mirrors.requests
 
@@ -389,7 +390,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_download(tmp_path, m
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs a folder that not even root '
                     'can write')
 def test_a_folder_that_cannot_be_written_is_refused_before_any_download(mirrors):
-    with pytest.raises(OSError, match="cannot be kept here .*: '/proc/self'"):
+    with pytest.raises(OSError, match="cannot be written here .*: '/proc/self'"):
         input_data.read_data_sets('/proc/self')
     assert not mirrors.requests
 
@@ -661,7 +662,7 @@ def test_maybe_download_fetches_a_file_once(tmp_path, server):
 def test_maybe_download_takes_files_of_other_names_as_they_are(tmp_path, server, monkeypatch):
     monkeypatch.setattr(input_data, '_OF_MNIST', (server.url,))  # names that are not among MNIST's
     path = input_data.maybe_download('README.md', tmp_path, server.url + 'README.md')
-    assert open(path, 'rb').read() == (DATA / 'README.md').read_bytes()
+    assert pathlib.Path(path).read_bytes() == (DATA / 'README.md').read_bytes()
 
 
 def test_maybe_download_puts_nothing_damaged_in_place(tmp_path, mirrors):

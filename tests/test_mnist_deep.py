@@ -129,8 +129,8 @@ def test_evaluation_goes_through_every_example_once(size):
     numbers = np.arange(20)
     data_set = input_data.DataSet(np.zeros((20, 1, 1, 1), np.uint8), numbers)
     for _ in range(2):
-        batches = [labels.tolist() for _, labels in mnist_deep.in_batches(data_set, size)]
-        assert sum(batches, []) == numbers.tolist()
+        batches = [labels for _, labels in mnist_deep.in_batches(data_set, size)]
+        assert np.concatenate(batches).tolist() == numbers.tolist()
 
 
 def test_takes_at_most_1100_megabytes_evaluation_included():
@@ -254,6 +254,53 @@ def test_resumed_with_a_seed_it_takes_up_the_order_of_the_minibatches(tmp_path, 
     expected = input_data.read_data_sets(few_digits, one_hot=True, seed=1).train
     batches = [next_batch(expected, 50)[1].argmax(1).tolist() for _ in range(7)]
     assert drawn == batches[:3] + batches  # three steps; then three passed over, and four steps
+
+
+@pytest.mark.parametrize('precision, every, last', [
+    ([], 7, 130), ([], 1, 45), ([], 100, 120), (['--bfloat16'], 9, 130)])
+def test_a_killed_run_resumed_is_the_run_that_was_never_killed(precision, every, last, tmp_path,
+                                                               few_digits):
+    flags = [*precision, '--seed=1', '--max_steps', last, '--save_checkpoints_steps', every,
+             '--data_dir', few_digits, '--model_dir']
+    whole = python('mnist_deep.py', *flags, tmp_path / 'whole')
+
+    killed_at = random.randint(1, last // every) * every
+    process = start('mnist_deep.py', *flags, tmp_path / 'killed')
+    while not (tmp_path / 'killed' / f'mnist_deep.ckpt-{killed_at}.index').exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(random.random() * every / 50)
+    process.kill()
+    printed = process.communicate()[0].splitlines()
+    resumed = python('mnist_deep.py', *flags, tmp_path / 'killed')
+
+    assert whole.returncode == resumed.returncode == 0
+    lines = whole.stdout.splitlines()
+    assert printed == lines[:len(printed)]
+    again = resumed.stdout.splitlines()
+    assert again == lines[-len(again):] and len(printed) + len(again) >= len(lines)
+    expected, found = (tf.train.load_checkpoint(str(tmp_path / name)) for name in
+                       ('whole', 'killed'))
+    names = expected.get_variable_to_shape_map()
+    assert len(names) == 8 * 3 + 3  # Adam has two slots for each variable, and two powers
+    for name in names:
+        assert expected.get_tensor(name).tobytes() == found.get_tensor(name).tobytes(), name
+
+
+def test_a_run_stopped_twice_and_extended_is_the_one_of_one_go(tmp_path, few_digits, capsys):
+    printed = []
+    for folder, ends in (('whole', [105]), ('parts', [3, 40, 105])):
+        for end in ends:
+            with tf.Graph().as_default():
+                mnist_deep.main([f'--max_steps={end}', '--seed=2', f'--data_dir={few_digits}',
+                                 f'--model_dir={tmp_path / folder}'])
+        printed.append([line for line in capsys.readouterr().out.splitlines()
+                        if line.startswith('step')])
+    assert printed[0] == printed[1]
+    expected, found = (tf.train.load_checkpoint(str(tmp_path / name)) for name in
+                       ('whole', 'parts'))
+    for name in expected.get_variable_to_shape_map():
+        assert expected.get_tensor(name).tobytes() == found.get_tensor(name).tobytes(), name
 
 
 def test_a_folder_with_another_model_is_refused_and_left(tmp_path, few_digits):

@@ -145,7 +145,8 @@ def test_commands_are_good_shell_and_name_files_that_exist(readme):
     commands = [text for language, text in blocks(readme) if language == 'sh']
     assert len(commands) >= 7
     for command in commands:
-        result = subprocess.run(['bash', '-n'], input=command, capture_output=True, text=True)
+        result = subprocess.run(['bash', '-n'], input=command, capture_output=True, text=True,
+                                check=False)
         assert result.returncode == 0 and result.stderr == ''
         for name in re.findall(r'(?:-r|python3?) ([\w/]+\.\w+)', command):
             assert (ROOT / name).is_file()
@@ -166,7 +167,7 @@ def test_quick_commands_run(folder):
 
 def test_ci_runs_the_readmes_test_command():
     result = subprocess.run(['bash', '.ci/run', '--print'], cwd=ROOT, capture_output=True,
-                            text=True)
+                            text=True, check=False)
     commands = [text for language, text in blocks('README.md') if language == 'sh']
     assert result.returncode == 0
     assert result.stdout in commands and 'pytest' in result.stdout
