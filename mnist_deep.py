@@ -107,7 +107,7 @@ def bias_variable(shape):
 def main(argv=None):
     """Trains and evaluates the network; `argv` are the command line's flags, sys.argv's if None."""
     parser, flags = parse_flags(argv)
-    tf.set_random_seed(flags.seed)
+    set_seed(flags.seed)
 
     # Import data
     mnist = read_data(parser, flags)
@@ -133,7 +133,7 @@ def main(argv=None):
     # What --model_dir adds: it resumes, saves, and writes for TensorBoard. You can skip its lines.
     model_dir = ModelDir(parser, flags, cross_entropy, accuracy)
 
-    with tf.Session(config=session_config(flags.bfloat16, flags.seed)) as sess:
+    with tf.Session(config=session_config(flags.bfloat16)) as sess:
         sess.run(tf.global_variables_initializer())
 
         # Train
@@ -356,10 +356,15 @@ def training_summaries(cross_entropy, accuracy):
         tf.summary.image('W_conv1_filters', grid)])
 
 
-def session_config(bfloat16, seed=None):
-    """The session's settings; bfloat16: whether to compute in it, where the CPU can."""
+def set_seed(seed):
+    """Makes the runs of one seed, if there is one, the same; to be called before the graph."""
     if seed is not None:
+        tf.set_random_seed(seed)
         os.environ['TF_DETERMINISTIC_OPS'] = '1'  # a GPU then adds in the same order each time
+
+
+def session_config(bfloat16):
+    """The session's settings; bfloat16: whether to compute in it, where the CPU can."""
     config = tf.ConfigProto()
     if bfloat16 and computes_in_bfloat16():
         rewrites = config.graph_options.rewrite_options

@@ -1,0 +1,72 @@
+"""Photographs of handwritten digits, made from MNIST's test digits: on paper or board, anywhere in
+the picture, in uneven light, with noise, as JPEG. For the tests, the benchmarks and the pictures.
+"""
+
+import numpy as np
+
+import mnist_deep
+
+tf = mnist_deep.tf
+
+
+class Camera:
+    """Makes photographs of digits; all that is left open is drawn at random.
+
+    Args:
+        seed: of everything drawn at random.
+    """
+
+    def __init__(self, seed):
+        self.random = np.random.RandomState(seed)
+        with tf.Graph().as_default():
+            self.digit = tf.placeholder(tf.float32, [None, None])
+            self.size = tf.placeholder(tf.int32, [2])
+            self.enlarged = tf.image.resize(self.digit[..., tf.newaxis], self.size,
+                                            method='bicubic')[..., 0]
+            self.picture = tf.placeholder(tf.uint8, [None, None, None])
+            self.jpeg = tf.image.encode_jpeg(self.picture, quality=50)
+            self.decoded = tf.image.decode_jpeg(self.jpeg)
+            self.png = tf.image.encode_png(self.picture)
+            self.session = tf.Session()
+
+    def enlarge(self, digit, size):
+        """A digit, float32 [784] in [0, 1], in size x size pixels."""
+        enlarged = self.session.run(self.enlarged, {
+            self.digit: digit.reshape(28, 28), self.size: [size, size]})
+        return np.clip(enlarged, 0, 1)
+
+    def paste(self, digit, size, light_ink=None):
+        """A photograph of a digit, uint8 [height, width, 1].
+
+        Args:
+            digit: float32 [784] in [0, 1], one of MNIST's.
+            size: how many pixels its 28x28 become; the paper is 1.1 to 2.6 times as wide and high.
+            light_ink: True for chalk on a board, False for ink on paper, None for either.
+        """
+        random = self.random
+        height, width = (int(size * random.uniform(1.1, 2.6)) for _ in range(2))
+        ink = np.zeros([height, width], np.float32)
+        top, left = random.randint(height - size + 1), random.randint(width - size + 1)
+        ink[top:top + size, left:left + size] = self.enlarge(digit, size)
+        if light_ink is None:
+            light_ink = random.rand() < 0.5
+
+        # Light falls off across the paper; half of the pictures have a shadow over one side.
+        y, x = np.mgrid[-1:1:height * 1j, -1:1:width * 1j].astype(np.float32)
+        angle, fall = random.uniform(0, 2 * np.pi), random.uniform(0, 0.25)
+        light = 1 - fall * (1 + x * np.cos(angle) + y * np.sin(angle)) / 2
+        if random.rand() < 0.5:
+            angle, edge = random.uniform(0, 2 * np.pi), random.uniform(-0.5, 0.8)
+            distance = x * np.cos(angle) + y * np.sin(angle) - edge
+            light *= 1 - random.uniform(0.1, 0.3) / (1 + np.exp(-distance / 0.1))
+
+        paper, stroke = random.uniform(170, 245), random.uniform(10, 70)
+        if light_ink:
+            paper, stroke = random.uniform(20, 70), random.uniform(180, 245)
+        picture = light * (paper + (stroke - paper) * ink)
+        picture += random.uniform(1, 8) * random.randn(height, width)
+        return np.clip(np.round(picture), 0, 255).astype(np.uint8)[..., np.newaxis]
+
+    def photograph(self, digit, size, light_ink=None):
+        """The same as JPEG of quality 50, and decoded again: uint8 [height, width, 1]."""
+        return self.session.run(self.decoded, {self.picture: self.paste(digit, size, light_ink)})
