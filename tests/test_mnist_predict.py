@@ -389,8 +389,8 @@ def test_takes_at_most_1100_megabytes_with_a_photograph_of_12_megapixels(model, 
     photo = 200 + 3 * np.random.RandomState(0).randn(3000, 4000, 1).repeat(3, axis=2)
     photo[1000:1900, 2500:3400] -= 150 * camera.enlarge(TEST.images[0], 900)[..., np.newaxis]
     with camera.session.graph.as_default():
-        (tmp_path / 'photo.jpg').write_bytes(camera.session.run(camera.jpeg,
-                                                                {camera.picture: photo.astype(np.uint8)}))
+        (tmp_path / 'photo.jpg').write_bytes(
+            camera.session.run(camera.jpeg, {camera.picture: photo.astype(np.uint8)}))
     # Measured from a small process: a child's peak begins with what its parent has.
     result = python('-c', 'import resource, subprocess, sys\n'
                     f'subprocess.run([sys.executable, "mnist_predict.py", "{tmp_path}/photo.jpg",'
