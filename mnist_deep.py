@@ -197,6 +197,9 @@ def progress(steps, name='step'):
         signal.signal(signal.SIGINT, usual)
 
 
+CHECKPOINT = 'mnist_deep.ckpt'  # what the checkpoints' file names begin with
+
+
 class ModelDir:
     """What --model_dir adds to the training: checkpoints to resume from, and TensorBoard's events.
 
@@ -209,8 +212,6 @@ class ModelDir:
     Attributes:
         summary: string tensor, to be fetched together with the accuracy and given to `add_summary`.
     """
-
-    CHECKPOINT = 'mnist_deep.ckpt'  # what the checkpoints' file names begin with
 
     def __init__(self, parser, flags, cross_entropy, accuracy):
         self.parser, self.flags, self.folder = parser, flags, flags.model_dir
@@ -253,39 +254,14 @@ class ModelDir:
             raise KeyboardInterrupt(f'{stopped}, kept in {self.folder}') from None
 
     def restore(self):
-        """Restores the folder's newest checkpoint, if it has one, into the session.
-
-        Returns:
-            The number of steps that the network in it was trained for; 0 for a new folder.
-
-        Raises:
-            OSError: the folder cannot be made or written.
-            ValueError: it holds something else than this network.
-        """
-        os.makedirs(self.folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.folder).close()  # raises if nothing can be written
-        state = tf.train.get_checkpoint_state(self.folder)
+        """Restores the newest checkpoint, if there is one; returns its number of steps, or 0."""
+        state = find_checkpoint(self.folder, {v.op.name: v for v in tf.global_variables()})
         if state is None:
-            ours = (self.CHECKPOINT, 'checkpoint.tmp', 'events.out.tfevents')
-            others = [name for name in sorted(os.listdir(self.folder)) if not name.startswith(ours)]
-            if others:
-                raise ValueError(f'it holds {others[0]}, and no checkpoint of this network; '
-                                 'name a new folder')
             return 0
-
-        newest = state.model_checkpoint_path
-        try:
-            found = tf.train.load_checkpoint(newest).get_variable_to_shape_map()
-        except (tf.errors.OpError, ValueError) as error:
-            raise ValueError(
-                f'its checkpoint cannot be read ({error}); name a new folder') from error
-        if found != {variable.op.name: variable.shape.as_list()
-                     for variable in tf.global_variables()}:
-            raise ValueError('its checkpoint is of another model; name a new folder')
-        self.saver.restore(tf.get_default_session(), newest)
+        self.saver.restore(tf.get_default_session(), state.model_checkpoint_path)
         self.saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
         # A run that was killed while it saved leaves its temporary files.
-        for left in glob.glob(f'{glob.escape(self.folder)}/{self.CHECKPOINT}*.tempstate*'):
+        for left in glob.glob(f'{glob.escape(self.folder)}/{CHECKPOINT}*.tempstate*'):
             os.remove(left)
         return tf.train.get_global_step().eval()
 
@@ -293,7 +269,7 @@ class ModelDir:
         """Saves a checkpoint, if there is a folder, and what was written for TensorBoard so far."""
         if self.folder:
             self.saver.save(
-                tf.get_default_session(), os.path.join(self.folder, self.CHECKPOINT),
+                tf.get_default_session(), os.path.join(self.folder, CHECKPOINT),
                 tf.train.get_global_step(), write_meta_graph=False)
             self.writer.flush()
 
@@ -324,6 +300,39 @@ class ModelDir:
                                            encoded_image_string=picture))]))
             start += len(images)
         self.writer.close()
+
+
+def find_checkpoint(folder, variables):
+    """Looks for checkpoints in a folder, which is made if need be.
+
+    Args:
+        folder: its path.
+        variables: dict, name in the checkpoint -> variable, of all that a checkpoint should have.
+
+    Returns:
+        TensorFlow's CheckpointState, with the paths of the checkpoints; None for a new folder.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+        ValueError: it holds something else than this network.
+    """
+    os.makedirs(folder, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # raises if nothing can be written
+    state = tf.train.get_checkpoint_state(folder)
+    if state is None:
+        ours = (CHECKPOINT, 'checkpoint.tmp', 'events.out.tfevents')
+        others = [name for name in sorted(os.listdir(folder)) if not name.startswith(ours)]
+        if others:
+            raise ValueError(f'it holds {others[0]}, and no checkpoint of this network; '
+                             'name a new folder')
+        return None
+    try:
+        found = tf.train.load_checkpoint(state.model_checkpoint_path).get_variable_to_shape_map()
+    except (tf.errors.OpError, ValueError) as error:
+        raise ValueError(f'its checkpoint cannot be read ({error}); name a new folder') from error
+    if found != {name: variable.shape.as_list() for name, variable in variables.items()}:
+        raise ValueError('its checkpoint is of another model; name a new folder')
+    return state
 
 
 def draw_again(steps, train, batch_size):
@@ -394,8 +403,14 @@ def computes_in_bfloat16():
 
 def parse_flags(argv):
     """Returns the parser, for its one-line errors, and the flags."""
+    parser = flag_parser(__doc__)
+    return parser, checked_flags(parser, argv)
+
+
+def flag_parser(description):
+    """The parser of this script's flags, to which others can be added."""
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__,
+        usage=argparse.SUPPRESS, description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     here = os.path.dirname(os.path.abspath(__file__))
     parser.add_argument('--data_dir', default=os.path.join(here, 'MNIST_data'),
@@ -411,11 +426,16 @@ def parse_flags(argv):
                         help='training steps from one checkpoint to the next')
     parser.add_argument('--bfloat16', action='store_true',
                         help='compute in bfloat16, about 1.5 times as fast, if the CPU can')
+    return parser
+
+
+def checked_flags(parser, argv):
+    """The parsed flags; ends the program with one line if a number is out of range."""
     flags = parser.parse_args(argv)
     for name in ('max_steps', 'batch_size', 'learning_rate', 'save_checkpoints_steps'):
         if not 0 < getattr(flags, name) < math.inf:
             parser.error(f'argument --{name}: {getattr(flags, name)} is not a number above 0')
-    return parser, flags
+    return flags
 
 
 def read_data(parser, flags):

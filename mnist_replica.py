@@ -1,0 +1,353 @@
+"""Trains the network of `mnist_deep.py` on many machines, by TensorFlow's own distributed runtime.
+
+    python mnist_replica.py --workers 2
+
+trains with 2 workers and a parameter server on this machine. In a cluster, the same command without
+--workers runs on each machine, and the environment variable TF_CONFIG tells each one its task:
+
+    TF_CONFIG='{"cluster": {"ps": ["10.0.0.1:2222"], "worker": ["10.0.0.2:2222", "10.0.0.3:2222"]},
+                "task": {"type": "worker", "index": 0}}' python mnist_replica.py --model_dir model
+
+The parameter servers (ps) hold the variables. Each worker has a copy of the graph, trains on
+minibatches of its own, and sends its gradients; worker 0, the chief, also saves and evaluates.
+
+TensorFlow's servers have no passwords, and listen on every network interface, even if the cluster
+says 127.0.0.1: whoever reaches their ports can run programs on the machine. Use them only in a
+network of your own, with these ports closed to others.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import mnist_deep
+
+tf = mnist_deep.tf
+
+
+def main(argv=None):
+    """Runs one task of the cluster, or with --workers all of them as processes on this machine.
+
+    `argv` are the command line's flags, sys.argv's if None.
+    """
+    parser, flags = parse_flags(argv)
+    if os.environ.get(LOCAL):
+        end_with_parent()
+    elif flags.workers:
+        mnist_deep.read_data(parser, flags)  # what is wrong with it is said once
+        return run_local_cluster(flags.workers, sys.argv[1:] if argv is None else argv)
+    elif not flags.model_dir:
+        parser.error('--model_dir: a cluster needs a folder for its checkpoints, to go on from '
+                     'when a machine fails')
+    cluster, job, index = read_tf_config(parser)
+    try:
+        server = tf.train.Server(cluster, job_name=job, task_index=index,
+                                 config=mnist_deep.session_config(flags.bfloat16))
+    except tf.errors.OpError:
+        parser.error(f'{cluster.task_address(job, index)}, the address of {job} {index} in '
+                     'TF_CONFIG, cannot be used: is it taken, or that of another machine?')
+    if job == 'ps':
+        return serve(cluster, server, index)
+    return work(parser, flags, cluster, server, index)
+
+
+def serve(cluster, server, index):
+    """A parameter server: holds its share of the variables until all workers are done."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to be saved here
+    one_is_done = done_queue(cluster, index).dequeue()
+    with tf.Session(server.target, config=reach_only('ps', index)) as sess:
+        done = []
+        while 0 not in done:  # the chief is the last one that matters
+            done.append(sess.run(one_is_done))
+        # The others end with the same step. One that is gone for good is not waited for.
+        others = threading.Thread(target=lambda: [
+            done.append(sess.run(one_is_done)) for _ in range(cluster.num_tasks('worker') - 1)],
+            daemon=True)
+        others.start()
+        others.join(timeout=10)
+        os._exit(0)  # the session is still waiting for a worker that is gone
+
+
+def work(parser, flags, cluster, server, index):
+    """A worker: trains its copy of the graph. Worker 0, the chief, also saves and evaluates."""
+    is_chief = index == 0
+    if flags.seed is not None:
+        flags.seed += index  # an order of minibatches, and a dropout, of its own
+    mnist_deep.set_seed(flags.seed)
+    mnist = mnist_deep.read_data(parser, flags)
+
+    # The variables are placed on the parameter servers, all else on this worker.
+    with tf.device(tf.train.replica_device_setter(
+            cluster=cluster, worker_device=f'/job:worker/task:{index}')):
+        x = tf.placeholder(tf.float32, shape=[None, 784])
+        y_ = tf.placeholder(tf.float32, shape=[None, 10])
+        y_conv, keep_prob = mnist_deep.deepnn(x)
+        cross_entropy = tf.reduce_mean(
+            tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y_conv))
+        correct_prediction = tf.equal(tf.argmax(y_conv, 1), tf.argmax(y_, 1))
+        accuracy = tf.reduce_mean(tf.cast(correct_prediction, tf.float32))
+
+        optimizer, hooks = tf.train.AdamOptimizer(flags.learning_rate), []
+        if flags.sync_replicas:
+            # Each step waits for the gradients of all workers, and takes their mean.
+            workers = cluster.num_tasks('worker')
+            optimizer = tf.train.SyncReplicasOptimizer(optimizer, workers, workers)
+            hooks.append(optimizer.make_session_run_hook(is_chief, num_tokens=0))
+        global_step = tf.train.get_or_create_global_step()
+        with tf.name_scope('adam_optimizer'):
+            train_step = optimizer.minimize(cross_entropy, global_step=global_step)
+        with tf.control_dependencies([train_step]):
+            steps_done = tf.identity(global_step)
+    i_am_done = [done_queue(cluster, ps).enqueue(index) for ps in range(cluster.num_tasks('ps'))]
+
+    # The checkpoints have the names that mnist_deep.py gives.
+    variables = {('adam_optimizer/' if v.op.name.startswith('beta') else '') + v.op.name: v
+                 for v in tf.global_variables()}
+    scaffold = tf.train.Scaffold(saver=tf.train.Saver(
+        variables, max_to_keep=2, save_relative_paths=True))
+    if is_chief and flags.model_dir:
+        try:
+            mnist_deep.find_checkpoint(flags.model_dir, variables)
+        except (OSError, ValueError) as error:
+            parser.error(f'--model_dir {flags.model_dir}: {error}')
+        hooks.append(tf.train.CheckpointSaverHook(
+            flags.model_dir, save_steps=flags.save_checkpoints_steps, scaffold=scaffold,
+            checkpoint_basename=mnist_deep.CHECKPOINT, save_graph_def=False))
+    interrupt = Interrupt()
+    hooks.append(TellServers(i_am_done, interrupt))  # the last hook: what is before it is saved
+
+    with tf.train.MonitoredSession(
+            PatientSessionCreator(cluster, server, index, flags, scaffold), hooks) as sess:
+        step = started = sess.run(global_step)
+        if is_chief and started:
+            print(f'going on from step {started} of {flags.max_steps}', file=sys.stderr)
+        elif not is_chief and not os.environ.get(LOCAL):
+            print(f'worker {index} joins at step {started}', file=sys.stderr)
+        shown = -100
+        while step < flags.max_steps and not interrupt.pressed:
+            batch = mnist.train.next_batch(flags.batch_size)
+            if is_chief and step // 100 != shown // 100:
+                shown = step
+                train_accuracy = sess.run(accuracy, feed_dict={
+                    x: batch[0], y_: batch[1], keep_prob: 1.0})
+                print('step %d, training accuracy %g' % (step, train_accuracy), flush=True)
+            step = sess.run([train_step, steps_done], feed_dict={
+                x: batch[0], y_: batch[1], keep_prob: 0.5})[1]
+
+        if is_chief and not interrupt.pressed:
+            correct = 0
+            for images, labels in mnist_deep.in_batches(mnist.test):
+                correct += sess.run(correct_prediction, feed_dict={
+                    x: images, y_: labels, keep_prob: 1.0}).sum()
+            print('test accuracy %g' % (correct / mnist.test.num_examples), flush=True)
+    if interrupt.pressed:
+        kept = f', kept in {flags.model_dir}' if is_chief and flags.model_dir else ''
+        raise KeyboardInterrupt(f'stopped at step {step}{kept}')
+
+
+# The tutorial ends here. The rest is for the cluster: sessions, TF_CONFIG, processes and flags.
+
+
+class PatientSessionCreator(tf.train.SessionCreator):
+    """Creates a worker's session, at the start and again after a parameter server was lost.
+
+    The chief initialises the variables, or restores the newest checkpoint; the other workers wait
+    for that. tf.train.MonitoredTrainingSession would let them look every 30 seconds only, which can
+    be longer than a whole training.
+    """
+
+    def __init__(self, cluster, server, index, flags, scaffold):
+        self.cluster, self.is_chief, self.scaffold = cluster, index == 0, scaffold
+        self.created = False
+        self.session = {'master': server.target,
+                        'config': reach_only('worker', index, flags.bfloat16)}
+        self.chief = tf.train.ChiefSessionCreator(scaffold, checkpoint_dir=flags.model_dir,
+                                                  **self.session)
+
+    def create_session(self):
+        if self.created:
+            print('a parameter server was lost; training goes on from the last checkpoint as soon '
+                  'as it is back', file=sys.stderr)
+        self.created = True
+        for address in self.cluster.job_tasks('ps'):
+            wait_for_server(address)
+        if self.is_chief:
+            return self.chief.create_session()
+        self.scaffold.finalize()
+        manager = tf.train.SessionManager(
+            local_init_op=self.scaffold.local_init_op, ready_op=self.scaffold.ready_op,
+            ready_for_local_init_op=self.scaffold.ready_for_local_init_op, recovery_wait_secs=1)
+        while True:
+            try:
+                return manager.wait_for_session(max_wait_secs=30, **self.session)
+            except tf.errors.DeadlineExceededError:
+                print('waiting for the chief, worker 0 at '
+                      f'{self.cluster.task_address("worker", 0)}', file=sys.stderr)
+
+
+def wait_for_server(address):
+    """Returns as soon as something listens at host:port; says every 30 seconds what is awaited."""
+    host, port = address.rsplit(':', 1)
+    began = time.monotonic()
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > began + 30:
+                began += 30
+                print(f'waiting for the parameter server at {address} ({error})', file=sys.stderr)
+            time.sleep(0.5)
+
+
+def reach_only(job, index, bfloat16=False):
+    """A session's settings that make it wait for the parameter servers and itself, nobody else."""
+    config = mnist_deep.session_config(bfloat16)
+    config.device_filters.extend(['/job:ps', f'/job:{job}/task:{index}'])
+    return config
+
+
+def done_queue(cluster, ps):
+    """The queue on a parameter server to which each worker adds its number when it is done."""
+    with tf.device(f'/job:ps/task:{ps}'):
+        return tf.FIFOQueue(cluster.num_tasks('worker'), tf.int32, shapes=[[]],
+                            shared_name=f'done_{ps}')
+
+
+class TellServers(tf.train.SessionRunHook):
+    """Tells the parameter servers at the end that this worker is done, unless it was stopped."""
+
+    def __init__(self, i_am_done, interrupt):
+        self.i_am_done, self.interrupt = i_am_done, interrupt
+
+    def end(self, session):
+        if not self.interrupt.pressed:
+            session.run(self.i_am_done)
+
+
+class Interrupt:
+    """Holds Ctrl-C back until a step is done; pressed again, it ends the process at once."""
+
+    def __init__(self):
+        self.pressed = False
+        signal.signal(signal.SIGINT, self.press)
+
+    def press(self, *_):
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def read_tf_config(parser):
+    """This task, from TF_CONFIG; ends the program with one line if that is missing or wrong.
+
+    The format is that of TensorFlow's distributed training,
+    https://www.tensorflow.org/guide/distributed_training#TF_CONFIG; the job "chief" is worker 0.
+
+    Returns:
+        cluster: tf.train.ClusterSpec of the jobs ps and worker.
+        job: 'ps' or 'worker'.
+        index: the task's number in its job, from 0 on.
+    """
+    text = os.environ.get('TF_CONFIG')
+    if not text:
+        parser.error('TF_CONFIG is not set: set it to a task of a cluster, as in --help, or give '
+                     '--workers 2 for a cluster on this machine')
+    try:
+        config = json.loads(text)
+        jobs, job, index = config['cluster'], config['task']['type'], config['task']['index']
+        workers = jobs.get('chief', []) + jobs.get('worker', [])
+        if job == 'worker':
+            index += len(jobs.get('chief', []))
+        elif job == 'chief':
+            job = 'worker'
+        addresses = {'ps': jobs.get('ps', []), 'worker': workers}
+        for address in [*addresses['ps'], *workers]:
+            if not 0 < int(address.rsplit(':', 1)[1]) < 65536:
+                raise ValueError(address)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        parser.error(f'TF_CONFIG is {text!r}, expected JSON as in --help, with a cluster of '
+                     f'"host:port" addresses and a task ({type(error).__name__}: {error})')
+    if not addresses['ps'] or not workers:
+        parser.error(f'TF_CONFIG has the jobs {sorted(jobs)}, expected "ps" and "worker", each '
+                     'with one address or more')
+    if job not in addresses or not 0 <= config['task']['index'] < len(addresses[job]) > index:
+        parser.error(f'TF_CONFIG has the task {config["task"]}, expected one of '
+                     f'{ {name: len(tasks) for name, tasks in jobs.items()} }, counted from 0')
+    return tf.train.ClusterSpec(addresses), job, index
+
+
+LOCAL = 'MNIST_REPLICA_LOCAL'  # in the environment of the processes that --workers starts
+
+
+def run_local_cluster(workers, argv):
+    """Runs a parameter server and workers as processes on this machine, to their end.
+
+    They end when this process does, however that ends: each one reads a pipe from it.
+    """
+    tasks = [('ps', 0)] + [('worker', index) for index in range(workers)]
+    sockets = [socket.create_server(('127.0.0.1', 0)) for _ in tasks]  # free ports
+    addresses = [f'127.0.0.1:{free.getsockname()[1]}' for free in sockets]
+    for free in sockets:
+        free.close()
+    cluster = {'ps': addresses[:1], 'worker': addresses[1:]}
+    processes = {}
+    try:
+        for job, index in tasks:
+            config = json.dumps({'cluster': cluster, 'task': {'type': job, 'index': index}})
+            processes[job, index] = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), *argv], stdin=subprocess.PIPE,
+                env={**os.environ, 'TF_CONFIG': config, LOCAL: '1'}, start_new_session=True)
+        while None in [process.poll() for process in processes.values()]:
+            for (job, index), process in processes.items():
+                if process.returncode:
+                    sys.exit(f'{job} {index} has ended with code {process.returncode}, so all end')
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        chief = processes.get(('worker', 0))
+        if chief:
+            chief.send_signal(signal.SIGINT)
+            chief.wait(60)  # it saves, and says so
+        sys.exit(130)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+
+
+def end_with_parent():
+    """Ends this process when the one that started it has ended."""
+    def wait():
+        os.read(0, 1)  # standard input is a pipe from there: this returns when it is closed
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines, and adds the defaults."""
+
+
+def parse_flags(argv):
+    """Returns the parser, for its one-line errors, and the flags."""
+    parser = mnist_deep.flag_parser(__doc__)
+    parser.formatter_class = HelpFormatter
+    parser.add_argument('--workers', type=int, metavar='N',
+                        help='run a whole cluster on this machine: one ps, N workers')
+    parser.add_argument('--sync_replicas', action='store_true',
+                        help="average all workers' gradients for each step")
+    flags = mnist_deep.checked_flags(parser, argv)
+    if flags.workers is not None and flags.workers < 1:
+        parser.error(f'argument --workers: {flags.workers} is not a number above 0')
+    return parser, flags
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or 'stopped', file=sys.stderr)
+        sys.exit(130)

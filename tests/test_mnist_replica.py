@@ -1,0 +1,334 @@
+"""Part four of the tutorial: many workers, and what happens when one of them dies."""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ENVIRONMENT, ROOT, python, start
+
+import mnist_deep
+import mnist_replica
+
+tf = mnist_deep.tf
+
+
+class Cluster:
+    """Tasks of a cluster as processes, each with its TF_CONFIG, on free ports of loopback."""
+
+    def __init__(self, workers, flags):
+        self.flags, self.processes = flags, []
+        free = [socket.create_server(('127.0.0.1', 0)) for _ in range(1 + workers)]
+        addresses = [f'127.0.0.1:{bound.getsockname()[1]}' for bound in free]
+        for bound in free:
+            bound.close()
+        self.addresses = {'ps': addresses[:1], 'worker': addresses[1:]}
+
+    def start(self, job, index=0):
+        config = json.dumps({'cluster': self.addresses, 'task': {'type': job, 'index': index}})
+        process = start('mnist_replica.py', *self.flags,
+                        env={**ENVIRONMENT, 'TF_CONFIG': config})
+        self.processes.append(process)
+        return process
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def cluster(tmp_path, few_digits):
+    """Makes clusters that keep their network in the test's folder."""
+    made = []
+
+    def make(workers, steps, *flags):
+        made.append(Cluster(workers, [
+            '--max_steps', steps, '--seed=1', '--data_dir', few_digits, '--model_dir',
+            tmp_path / 'model', '--save_checkpoints_steps=10', *flags]))
+        return made[-1]
+    yield make
+    for one in made:
+        one.end()
+
+
+def until(condition, process):
+    """Waits for something that a process does."""
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def checkpoint_after(folder, step):
+    """Whether a folder has a checkpoint of a later step."""
+    return lambda: any(int(path.stem.rsplit('-', 1)[1]) > step
+                       for path in folder.glob('mnist_deep.ckpt-*.index'))
+
+
+def joined(process):
+    """The step at which a worker has joined."""
+    return int(re.fullmatch(r'worker \d joins at step (\d+)\n', process.stderr.readline())[1])
+
+
+def last_step(folder):
+    return int(tf.train.latest_checkpoint(folder).rsplit('-', 1)[1])
+
+
+def weights(folder):
+    reader = tf.train.load_checkpoint(str(folder))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+# On this machine
+
+@pytest.mark.parametrize('mode', [[], ['--sync_replicas']])
+def test_a_local_cluster_trains_shows_the_tutorials_lines_and_leaves_nothing(mode, tmp_path,
+                                                                             few_digits):
+    flags = ['--seed=1', '--data_dir', few_digits, '--model_dir', tmp_path]
+    result = python('mnist_replica.py', '--workers=2', '--max_steps=120', *mode, *flags)
+    assert (result.returncode, result.stderr) == (0, '')
+    first, second, last = result.stdout.splitlines()
+    assert re.fullmatch(r'step [01], training accuracy [01](\.\d+)?', first)
+    assert re.fullmatch(r'step 10\d, training accuracy [01](\.\d+)?', second)
+    assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > 0.7
+    assert last_step(tmp_path) == 120 if mode else last_step(tmp_path) in (120, 121)
+    assert not [process for process in psutil.process_iter(['cmdline'])
+                if str(tmp_path) in str(process.info['cmdline'])]
+
+    # The other scripts go on with what it has kept, and it with what they have.
+    result = python('mnist_deep.py', '--max_steps=125', *flags)
+    assert re.match(r'going on from step 12[01] of 125\n', result.stderr)
+    result = python('mnist_replica.py', '--workers=1', '--max_steps=130', *mode, *flags)
+    assert (result.returncode, result.stderr) == (0, 'going on from step 125 of 130\n')
+    assert last_step(tmp_path) == 130
+    result = python('mnist_predict.py', 'docs/digit.png', '--model_dir', tmp_path)
+    assert re.match(r'docs/digit.png: \d \(', result.stdout)
+
+
+@pytest.mark.parametrize('mode', [[], ['--sync_replicas']])
+def test_one_worker_learns_what_mnist_deep_learns(mode, tmp_path, few_digits):
+    flags = ['--seed=3', '--max_steps=12', '--data_dir', few_digits, '--model_dir']
+    alone = python('mnist_deep.py', *flags, tmp_path / 'alone')
+    one = python('mnist_replica.py', '--workers=1', *mode, *flags, tmp_path / 'one')
+    assert alone.stdout == one.stdout
+    expected, found = weights(tmp_path / 'alone'), weights(tmp_path / 'one')
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert np.allclose(expected[name], found[name], atol=1e-5), name
+
+
+def local_cluster(few_digits, folder):
+    """A running cluster of 2 workers, and all its processes, while it trains."""
+    process = start('mnist_replica.py', '--workers=2', '--max_steps=100000', '--data_dir',
+                    few_digits, '--model_dir', folder)
+    assert process.stdout.readline().startswith('step ')
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) == 3
+    return process, children
+
+
+def test_ctrl_c_keeps_the_network_and_leaves_no_process(few_digits, tmp_path):
+    process, children = local_cluster(few_digits, tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = int(re.fullmatch(fr'stopped at step (\d+), kept in {tmp_path}\n', errors)[1])
+    assert abs(last_step(tmp_path) - step) <= 1  # the other worker may have been a step further
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_when_one_process_fails_all_end(few_digits, tmp_path):
+    process, children = local_cluster(few_digits, tmp_path)
+    children[2].kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.fullmatch(r'(ps|worker) \d has ended with code -9, so all end\n', errors)
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_no_process_outlives_the_one_that_started_it(few_digits, tmp_path):
+    process, children = local_cluster(few_digits, tmp_path)
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(children, timeout=60)[1]
+
+
+# Faults
+
+def test_a_worker_that_is_killed_and_started_again_joins(cluster, tmp_path):
+    tasks = cluster(2, 300)
+    server, chief, worker = tasks.start('ps'), tasks.start('worker', 0), tasks.start('worker', 1)
+    joined(worker)
+    worker.kill()
+    worker = tasks.start('worker', 1)
+    assert joined(worker) < 300
+    output, errors = chief.communicate(timeout=120)
+    assert (chief.returncode, errors) == (0, '') and 'test accuracy' in output
+    assert worker.wait(60) == server.wait(60) == 0
+    assert last_step(tmp_path / 'model') in (300, 301)
+
+
+def test_a_worker_that_is_gone_for_good_leaves_the_others_going(cluster):
+    tasks = cluster(3, 150)
+    server, chief, worker, _ = tasks.start('ps'), *(tasks.start('worker', i) for i in range(3))
+    joined(worker)
+    worker.kill()  # and the third one may join or not: both are waited for in vain
+    assert 'test accuracy' in chief.communicate(timeout=120)[0]
+    assert chief.returncode == server.wait(60) == 0
+
+
+def test_a_server_that_is_killed_and_started_again_goes_on_from_the_checkpoint(cluster, tmp_path):
+    tasks = cluster(2, 150)
+    server, chief, worker = tasks.start('ps'), tasks.start('worker', 0), tasks.start('worker', 1)
+    joined(worker)
+    until(checkpoint_after(tmp_path / 'model', 20), chief)
+    server.kill()
+    server.communicate()
+    server = tasks.start('ps')
+    output, errors = chief.communicate(timeout=120)
+    assert chief.returncode == 0 and 'test accuracy' in output
+    assert errors.startswith('a parameter server was lost; training goes on')
+    assert worker.wait(60) == server.wait(60) == 0
+    assert last_step(tmp_path / 'model') in (150, 151)
+
+
+@pytest.mark.parametrize('mode', [[], ['--sync_replicas']])
+def test_a_chief_that_is_killed_and_started_again_goes_on_from_the_checkpoint(mode, cluster,
+                                                                              tmp_path):
+    tasks = cluster(2, 150, *mode)
+    server, chief, worker = tasks.start('ps'), tasks.start('worker', 0), tasks.start('worker', 1)
+    joined(worker)
+    until(checkpoint_after(tmp_path / 'model', 20), chief)
+    chief.kill()
+    chief.communicate()
+    chief = tasks.start('worker', 0)
+    output, errors = chief.communicate(timeout=120)
+    assert chief.returncode == 0 and 'test accuracy' in output
+    assert re.match(r'going on from step \d+ of 150\n', errors)
+    assert worker.wait(60) == server.wait(60) == 0
+
+
+# What is wrong is said in one line
+
+GOOD = {'cluster': {'ps': ['127.0.0.1:1'], 'worker': ['127.0.0.1:2', '127.0.0.1:3']},
+        'task': {'type': 'worker', 'index': 0}}
+
+
+def changed(**parts):
+    return json.dumps({**GOOD, **parts})
+
+
+@pytest.mark.parametrize('config, message', [
+    ('', 'TF_CONFIG is not set.* or give --workers 2'),
+    ('{"cluster"', 'expected JSON as in --help'),
+    ('[]', 'expected JSON as in --help'),
+    (json.dumps({'cluster': GOOD['cluster']}), r"and a task \(KeyError: 'task'\)"),
+    (json.dumps({'task': GOOD['task']}), r"KeyError: 'cluster'"),
+    (changed(task={'type': 'worker'}), "KeyError: 'index'"),
+    (changed(task={'type': 'worker', 'index': 'one'}), 'TypeError'),
+    (changed(task={'type': 'worker', 'index': 2}), "has the task .*2}, expected one of .*counted"),
+    (changed(task={'type': 'worker', 'index': -1}), "has the task .*-1}, expected one of"),
+    (changed(task={'type': 'ps', 'index': 1}), 'has the task'),
+    (changed(task={'type': 'evaluator', 'index': 0}), 'has the task'),
+    (changed(task={'type': 'chief', 'index': 0}), 'has the task'),
+    (changed(cluster={'ps': ['127.0.0.1:1']}), r"has the jobs \['ps'\], expected \"ps\" and"),
+    (changed(cluster={'worker': ['127.0.0.1:1']}), r"has the jobs \['worker'\]"),
+    (changed(cluster={'ps': [], 'worker': ['127.0.0.1:1']}), 'has the jobs'),
+    (changed(cluster={'ps': ['here'], 'worker': ['127.0.0.1:1']}), '"host:port" addresses'),
+    (changed(cluster={'ps': ['here:http'], 'worker': ['127.0.0.1:1']}), '"host:port" addresses')])
+def test_a_wrong_tf_config(config, message, monkeypatch, capsys):
+    monkeypatch.setenv('TF_CONFIG', config)
+    monkeypatch.setattr(sys, 'argv', ['mnist_replica.py'])
+    with pytest.raises(SystemExit, match='^2$'):
+        mnist_replica.main(['--model_dir=model'])
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith('mnist_replica.py: error: TF_CONFIG ') and re.search(message, line)
+
+
+def test_a_chief_is_worker_0(monkeypatch):
+    parser, _ = mnist_replica.parse_flags([])
+    jobs = {'ps': ['a:1'], 'chief': ['b:2'], 'worker': ['c:3', 'd:4']}
+    for task, expected in (({'type': 'chief', 'index': 0}, ('worker', 0)),
+                           ({'type': 'worker', 'index': 1}, ('worker', 2)),
+                           ({'type': 'ps', 'index': 0}, ('ps', 0))):
+        monkeypatch.setenv('TF_CONFIG', json.dumps({'cluster': jobs, 'task': task}))
+        cluster, *found = mnist_replica.read_tf_config(parser)
+        assert tuple(found) == expected
+        assert cluster.as_dict() == {'ps': ['a:1'], 'worker': ['b:2', 'c:3', 'd:4']}
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--workers=0'], 'argument --workers: 0 is not a number above 0'),
+    (['--workers=2', '--max_steps=0'], 'argument --max_steps: 0 is not a number above 0'),
+    (['--workers=2', '--data_dir=/dev/null/x'], '--data_dir /dev/null/x'),
+    ([], '--model_dir: a cluster needs a folder')])
+def test_wrong_flags(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['mnist_replica.py'])
+    with pytest.raises(SystemExit, match='^2$'):
+        mnist_replica.main(flags)
+    line, = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize('job', ['ps', 'worker'])
+def test_an_address_that_is_taken(job, cluster):
+    tasks = cluster(1, 10)
+    host, port = tasks.addresses[job][0].split(':')
+    with socket.create_server((host, int(port))):
+        process = tasks.start(job)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (2, '')
+    line, = errors.splitlines()
+    assert tasks.addresses[job][0] in line and 'is it taken' in line
+
+
+def test_a_folder_of_something_else_is_refused_and_left(cluster, tmp_path):
+    (tmp_path / 'model').mkdir()
+    (tmp_path / 'model' / 'letter.txt').write_text('Dear reader')
+    chief = cluster(1, 10).start('worker')
+    _, errors = chief.communicate(timeout=60)
+    assert chief.returncode == 2
+    line, = errors.splitlines()
+    assert 'it holds letter.txt, and no checkpoint of this network' in line
+    assert os.listdir(tmp_path / 'model') == ['letter.txt']
+
+
+def test_a_server_that_does_not_answer_is_named_every_30_seconds(monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 7))
+    monkeypatch.setattr(mnist_replica.time, 'monotonic', lambda: next(clock))
+    with socket.create_server(('127.0.0.1', 0)) as bound:
+        address = f'127.0.0.1:{bound.getsockname()[1]}'
+    tries = []
+
+    def sleep(seconds):
+        tries.append(seconds)
+        if len(tries) == 20:  # after 140 seconds of this clock it is there
+            tries.append(socket.create_server(('127.0.0.1', int(address.rsplit(':', 1)[1]))))
+    monkeypatch.setattr(mnist_replica.time, 'sleep', sleep)
+    mnist_replica.wait_for_server(address)
+    tries[-1].close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        assert line.startswith(f'waiting for the parameter server at {address} (')
+
+
+def test_help_tells_the_danger_and_every_flag(capsys):
+    with pytest.raises(SystemExit, match='^0$'):
+        mnist_replica.main(['--help'])
+    output = capsys.readouterr().out
+    for text in ('no passwords', 'every network interface', 'TF_CONFIG', '--workers',
+                 '--sync_replicas', '--model_dir'):
+        assert text in output
+
+
+def test_stands_on_the_network_and_the_loader_alone():
+    source = (ROOT / 'mnist_replica.py').read_text()
+    ours = re.findall(r'^import (mnist_\w+|input_data)', source, re.MULTILINE)
+    assert ours == ['mnist_deep']
