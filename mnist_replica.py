@@ -99,11 +99,12 @@ def work(parser, flags, cluster, server, index):
             workers = cluster.num_tasks('worker')
             optimizer = tf.train.SyncReplicasOptimizer(optimizer, workers, workers)
             hooks.append(optimizer.make_session_run_hook(is_chief, num_tokens=0))
+            threading.excepthook = quiet_when_cancelled
         global_step = tf.train.get_or_create_global_step()
         with tf.name_scope('adam_optimizer'):
             train_step = optimizer.minimize(cross_entropy, global_step=global_step)
-        with tf.control_dependencies([train_step]):
-            steps_done = tf.identity(global_step)
+        with tf.control_dependencies([train_step]), tf.device(global_step.device):
+            steps_done = global_step.read_value()  # there, after this step, not before
     i_am_done = [done_queue(cluster, ps).enqueue(index) for ps in range(cluster.num_tasks('ps'))]
 
     # The checkpoints have the names that mnist_deep.py gives.
@@ -120,10 +121,8 @@ def work(parser, flags, cluster, server, index):
             flags.model_dir, save_steps=flags.save_checkpoints_steps, scaffold=scaffold,
             checkpoint_basename=mnist_deep.CHECKPOINT, save_graph_def=False))
     interrupt = Interrupt()
-    hooks.append(TellServers(i_am_done, interrupt))  # the last hook: what is before it is saved
-
-    with tf.train.MonitoredSession(
-            PatientSessionCreator(cluster, server, index, flags, scaffold), hooks) as sess:
+    creator = PatientSessionCreator(cluster, server, index, flags, scaffold)
+    with tf.train.MonitoredSession(creator, hooks, stop_grace_period_secs=1) as sess:
         step = started = sess.run(global_step)
         if is_chief and started:
             print(f'going on from step {started} of {flags.max_steps}', file=sys.stderr)
@@ -149,6 +148,8 @@ def work(parser, flags, cluster, server, index):
     if interrupt.pressed:
         kept = f', kept in {flags.model_dir}' if is_chief and flags.model_dir else ''
         raise KeyboardInterrupt(f'stopped at step {step}{kept}')
+    with tf.Session(server.target, config=reach_only('worker', index)) as sess:
+        sess.run(i_am_done)
 
 
 # The tutorial ends here. The rest is for the cluster: sessions, TF_CONFIG, processes and flags.
@@ -219,15 +220,13 @@ def done_queue(cluster, ps):
                             shared_name=f'done_{ps}')
 
 
-class TellServers(tf.train.SessionRunHook):
-    """Tells the parameter servers at the end that this worker is done, unless it was stopped."""
+def quiet_when_cancelled(error):
+    """Reports a thread's error, but not that of SyncReplicasOptimizer's at the end.
 
-    def __init__(self, i_am_done, interrupt):
-        self.i_am_done, self.interrupt = i_am_done, interrupt
-
-    def end(self, session):
-        if not self.interrupt.pressed:
-            session.run(self.i_am_done)
+    Its thread still waits for gradients when the session is closed, and would show a traceback.
+    """
+    if not issubclass(error.exc_type, tf.errors.CancelledError):
+        threading.__excepthook__(error)
 
 
 class Interrupt:
@@ -269,6 +268,8 @@ def read_tf_config(parser):
         for address in [*addresses['ps'], *workers]:
             if not 0 < int(address.rsplit(':', 1)[1]) < 65536:
                 raise ValueError(address)
+        if config['task']['type'] not in jobs:
+            job = None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         parser.error(f'TF_CONFIG is {text!r}, expected JSON as in --help, with a cluster of '
                      f'"host:port" addresses and a task ({type(error).__name__}: {error})')
