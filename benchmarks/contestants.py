@@ -10,7 +10,9 @@ import os
 import pathlib
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import zlib
 
@@ -330,6 +332,99 @@ def whole_run(steps, flags, began):
     return {'s per 1,000 steps': loop / steps * 1000, 'peak MB': peak(),
             '20,000 steps: min': (rest + after + loop * full) / 60,
             'outside the session %': 100 * outside / (rest + after + loop * full)}
+
+
+# Reading pictures
+
+def reading(model_dir, way, digits):
+    """The share of pasted digits that is read right, of all and of those of 60 pixels and more.
+
+    `way`: 'normalised', 'resized' to 28x28 with dark ink made light, or 'directly', MNIST's digits
+    themselves.
+    """
+    import numpy as np
+    sys.path.insert(0, str(ROOT / 'tests'))
+    import photographs
+
+    import input_data
+    import mnist_predict
+    tf = mnist_predict.tf
+    test = input_data.read_data_sets(DATA).test
+    camera, random = photographs.Camera(seed=1), np.random.RandomState(1)
+    chosen = random.permutation(len(test.images))[:digits]
+    sizes = np.exp(random.uniform(np.log(28), np.log(1000), digits)).astype(int)
+
+    def seen(number, size):
+        light_ink = random.rand() < 0.5
+        picture = camera.photograph(test.images[number], size, light_ink)
+        if way == 'directly':
+            return test.images[number]
+        if way == 'resized':
+            small = mnist_predict.resize(picture[..., 0].astype(np.float32), 28, 28).ravel() / 255
+            return small if light_ink else 1 - small
+        try:
+            return mnist_predict.normalise(picture)
+        except ValueError:  # an answer that is wrong
+            return np.zeros(784, np.float32)
+    images = [seen(*each) for each in zip(chosen, sizes)]
+    x = tf.placeholder(tf.float32, [None, 784])
+    y_conv, keep_prob = mnist_predict.mnist_deep.deepnn(x)
+    with tf.Session() as sess:
+        tf.train.Saver().restore(sess, tf.train.latest_checkpoint(model_dir))
+        right = np.concatenate([sess.run(y_conv, {x: images[i:i + 200], keep_prob: 1.0}).argmax(1)
+                                for i in range(0, digits, 200)]) == test.labels[chosen]
+    return {'right %': 100 * right.mean(), 'from 60 pixels %': 100 * right[sizes >= 60].mean()}
+
+
+def predict(model_dir, height, width, pictures):
+    """mnist_predict.py on so many pictures of that size: the time of each beyond the start-up."""
+    import numpy as np
+
+    import input_data
+    import mnist_predict
+    tf = mnist_predict.tf
+    digit = input_data.read_data_sets(DATA).test.images[0].reshape(28, 28)
+    scale = min(height, width) // 40
+    page = np.full([height, width, 3], 220, np.uint8)
+    page[scale * 5:scale * 33, scale * 5:scale * 33] -= np.round(180 * digit).astype(
+        np.uint8).repeat(scale, axis=0).repeat(scale, axis=1)[..., np.newaxis]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'picture.jpg')
+        with tf.Graph().as_default(), tf.Session() as sess, open(path, 'wb') as f:
+            f.write(sess.run(tf.image.encode_jpeg(page)))
+
+        def run(count):
+            subprocess.run([sys.executable, ROOT / 'mnist_predict.py', '--model_dir', model_dir,
+                            *[path] * count], check=True, stdout=subprocess.DEVNULL)
+        once, all_of_them = timed(run, 1)[0], timed(run, 1 + pictures)[0]
+    return {'pictures per s': pictures / (all_of_them - once), 'start-up and one s': once,
+            'peak MB': resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6}
+
+
+# Many workers
+
+def training(script, steps, flags):
+    """A training script's steps, by the lines that it prints, and what goes over loopback."""
+    import psutil
+
+    def sent():
+        return psutil.net_io_counters(pernic=True)['lo'].bytes_sent
+    process = subprocess.Popen([sys.executable, ROOT / script, f'--max_steps={steps}', *flags],
+                               stdout=subprocess.PIPE, text=True)
+    marks = []
+    for line in process.stdout:
+        if line.startswith('step '):
+            marks.append((int(line.split()[1].rstrip(',')), time.perf_counter(), sent()))
+    if process.wait():
+        raise RuntimeError(f'{script} ended with code {process.returncode}')
+    # From step 100 on, where there is more: the first steps are slower.
+    (first, began, sent_before), (last, ended, sent_after) = marks[1 if len(marks) > 2 else 0], \
+        marks[-1]
+    result = {'step ms': (ended - began) / (last - first) * 1e3,
+              'images per s': 50 * (last - first) / (ended - began)}
+    if script == 'mnist_replica.py':
+        result['loopback MB per step'] = (sent_after - sent_before) / (last - first) / 1e6
+    return result
 
 
 if __name__ == '__main__':

@@ -122,7 +122,7 @@ def write_synthetic(folder, images):
                              for start in range(0, count, len(array)))
 
 
-def loader(quick, note):
+def loader(quick, note, _):
     """Loading and minibatches."""
     epochs = 1 if quick else 20
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def loader(quick, note):
         yield result
 
 
-def step(quick, note):
+def step(quick, note, _):
     """A training step."""
     steps = {'steps': 5 if quick else 150}
     ours = 'this project, float32'
@@ -178,7 +178,7 @@ def step(quick, note):
          ('this project, bfloat16', 'step ms', ours, 'step ms', 0.7)], note)
 
 
-def evaluation(quick, note):
+def evaluation(quick, note, _):
     """The test accuracy."""
     images = {'images': 400 if quick else 10000}
     one, other = 'in batches of 200', 'all at once'
@@ -191,7 +191,7 @@ def evaluation(quick, note):
          (one, 'peak MB', other, 'peak MB', 0.45)], note)
 
 
-def whole(quick, note):
+def whole(quick, note, _):
     """mnist_deep.py from start to end."""
     steps = {'steps': 10 if quick else 2000}
     with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +210,41 @@ def whole(quick, note):
             ('bfloat16', 's per 1,000 steps', 'float32', 's per 1,000 steps', None)], note)
 
 
-BENCHMARKS = {'loader': loader, 'step': step, 'evaluation': evaluation, 'whole': whole}
+def pictures(quick, note, model_dir):
+    """mnist_predict.py, with a fully trained network."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = model_dir or folder
+        note(f'training the network that reads, unless {folder} has it')
+        subprocess.run([sys.executable, str(HERE.parent / 'mnist_deep.py'), '--seed=0',
+                        f'--max_steps={100 if quick else 20000}', f'--model_dir={folder}'],
+                       check=True, stdout=subprocess.DEVNULL)
+        digits = {'model_dir': folder, 'digits': 20 if quick else 500}
+        yield compete('Pasted digits of 28 to 1,000 pixels', {
+            name: (None, 'reading', {**digits, 'way': way}) for name, way in (
+                ('normalised', 'normalised'), ('resized to 28x28', 'resized'),
+                ("MNIST's digits themselves", 'directly'))}, 1, [], note)
+        sizes = {'280x280 drawing': (280, 280, 4 if quick else 200),
+                 '12-megapixel photo': (3000, 4000, 1 if quick else 20)}
+        yield compete('mnist_predict.py', {
+            name: (None, 'predict', {'model_dir': folder, 'height': height, 'width': width,
+                                     'pictures': count})
+            for name, (height, width, count) in sizes.items()}, 1 if quick else 3, [], note)
+
+
+def workers(quick, note, _):
+    """mnist_replica.py: 2 cores show what the wire costs, not how it scales."""
+    steps = {'steps': 101 if quick else 1001}
+    alone, one, two = 'mnist_deep.py', '1 ps, 1 worker', '1 ps, 2 workers'
+    yield compete('mnist_replica.py', {
+        alone: (None, 'training', {**steps, 'script': 'mnist_deep.py', 'flags': []}),
+        one: (None, 'training', {**steps, 'script': 'mnist_replica.py', 'flags': ['--workers=1']}),
+        two: (None, 'training', {**steps, 'script': 'mnist_replica.py', 'flags': ['--workers=2']})},
+        1 if quick else 3, [(one, 'step ms', alone, 'step ms', None),
+                            (two, 'images per s', one, 'images per s', None)], note)
+
+
+BENCHMARKS = {'loader': loader, 'step': step, 'evaluation': evaluation, 'whole': whole,
+              'pictures': pictures, 'workers': workers}
 
 
 def main():
@@ -219,6 +253,8 @@ def main():
     parser.add_argument('--quick', action='store_true',
                         help='a minute: one round on small sizes, to see that all of it runs')
     parser.add_argument('--only', choices=BENCHMARKS, help='one benchmark alone')
+    parser.add_argument('--model_dir', metavar='FOLDER', help='a network that mnist_deep.py has '
+                        'trained, to read pictures; none: one is trained first')
     parser.add_argument('--json', metavar='FILE', help='also write all figures to a file')
     flags = parser.parse_args()
 
@@ -229,7 +265,7 @@ def main():
     print(machine(), end='\n\n')
     for name, benchmark in BENCHMARKS.items():
         if flags.only in (None, name):
-            for result in benchmark(flags.quick, note):
+            for result in benchmark(flags.quick, note, flags.model_dir):
                 results.append(result)
                 print(table(result), end='\n\n', flush=True)
     if flags.json:

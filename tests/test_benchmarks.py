@@ -24,8 +24,9 @@ def test_every_benchmark_has_a_table_of_all_its_contestants(quick):
     output, results = quick
     assert [result['title'] for result in results] == [
         'Loader, MNIST', 'Loader, synthetic images', 'Training step of the CNN, batch 50',
-        'Test evaluation', 'mnist_deep.py']
-    for result, count in zip(results, [3, 2, 6, 2, 4]):
+        'Test evaluation', 'mnist_deep.py', 'Pasted digits of 28 to 1,000 pixels',
+        'mnist_predict.py', 'mnist_replica.py']
+    for result, count in zip(results, [3, 2, 6, 2, 4, 3, 2, 3]):
         names = [*result['medians'], *result['failures']]
         assert len(names) == count
         for name in names:
@@ -47,7 +48,8 @@ def test_every_figure_is_positive(quick):
         for name, figures in result['medians'].items():
             assert figures
             for figure, value in figures.items():
-                assert value > 0, (name, figure)
+                # A network of 100 steps may read none of the resized pictures.
+                assert value > 0 or name == 'resized to 28x28', (name, figure)
         for ratio in result['ratios']:
             assert 0 < ratio['least'] <= ratio['median'] <= ratio['most']
 
