@@ -3,6 +3,7 @@
 digits.png: training digits as the loader gives them, ink dark.
 weights.png: what softmax regression learns for each class, 0 to 9: blue speaks for it, red against.
 digit.png: one test digit as a scanner would give it, dark on white, larger: a digit to read.
+photographs.png: three photographs of digits, and below each what the network sees of it.
 """
 
 import pathlib
@@ -13,7 +14,10 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import photographs  # noqa: E402
+
 import input_data  # noqa: E402 (the path comes first)
+import mnist_predict  # noqa: E402
 import mnist_softmax  # noqa: E402
 
 tf = mnist_softmax.tf
@@ -45,6 +49,23 @@ def learned_weights(mnist):
         return W.eval()
 
 
+def photographs_and_what_is_seen(mnist):
+    """Ink on paper, chalk on a board and a digit far in a corner, above 28x28 pixels of each."""
+    camera = photographs.Camera(seed=4)
+    columns = []
+    for number, size, light_ink in ((1, 150, False), (2, 160, True), (4, 90, False)):
+        page = camera.paste(mnist.test.images[number], size, light_ink)
+        seen = np.round(mnist_predict.normalise(page).reshape(28, 28, 1) * 255)
+        height, width = (168 * side // max(page.shape) for side in page.shape[:2])
+        page = np.round(mnist_predict.resize(page[..., 0], height, width))[..., np.newaxis]
+        border = [(0, 168 - page.shape[0]), (0, 168 - page.shape[1]), (0, 0)]
+        columns.append(np.concatenate([np.pad(page, border, constant_values=255),
+                                       np.full([6, 168, 1], 255),
+                                       seen.repeat(6, axis=0).repeat(6, axis=1)]))
+        columns.append(np.full([len(columns[0]), 6, 1], 255))
+    return np.concatenate(columns[:-1], axis=1) / 255
+
+
 def main(folder=ROOT / 'docs'):
     """Writes the pictures into the folder."""
     mnist = input_data.read_data_sets(ROOT / 'MNIST_data', one_hot=True, seed=0)
@@ -60,7 +81,8 @@ def main(folder=ROOT / 'docs'):
     with tf.Session() as sess:
         for name, picture in [('digits', tiles(digits, columns=12, scale=2, background=1)),
                               ('weights', tiles(colours, columns=5, scale=4, background=1)),
-                              ('digit', digit[0].repeat(4, axis=0).repeat(4, axis=1))]:
+                              ('digit', digit[0].repeat(4, axis=0).repeat(4, axis=1)),
+                              ('photographs', photographs_and_what_is_seen(mnist))]:
             png = sess.run(tf.image.encode_png(np.round(picture * 255).astype(np.uint8)))
             (pathlib.Path(folder) / f'{name}.png').write_bytes(png)
 
