@@ -65,13 +65,13 @@ def serve(cluster, server, index):
         done = []
         while 0 not in done:  # the chief is the last one that matters
             done.append(sess.run(one_is_done))
-        # The others end with the same step. One that is gone for good is not waited for.
-        others = threading.Thread(target=lambda: [
-            done.append(sess.run(one_is_done)) for _ in range(cluster.num_tasks('worker') - 1)],
-            daemon=True)
+        # The others end with the same step; one that is gone for good is not waited for.
+        missing = cluster.num_tasks('worker') - len(done)
+        others = threading.Thread(
+            target=lambda: [sess.run(one_is_done) for _ in range(missing)], daemon=True)
         others.start()
         others.join(timeout=10)
-        os._exit(0)  # the session is still waiting for a worker that is gone
+        os._exit(0)  # at once: the session may still be waiting for a worker that is gone
 
 
 def work(parser, flags, cluster, server, index):
@@ -141,10 +141,13 @@ def work(parser, flags, cluster, server, index):
 
         if is_chief and not interrupt.pressed:
             correct = 0
-            for images, labels in mnist_deep.in_batches(mnist.test):
-                correct += sess.run(correct_prediction, feed_dict={
-                    x: images, y_: labels, keep_prob: 1.0}).sum()
-            print('test accuracy %g' % (correct / mnist.test.num_examples), flush=True)
+            try:
+                for images, labels in mnist_deep.in_batches(mnist.test):
+                    correct += sess.run(correct_prediction, feed_dict={
+                        x: images, y_: labels, keep_prob: 1.0}).sum()
+                print('test accuracy %g' % (correct / mnist.test.num_examples), flush=True)
+            except KeyboardInterrupt:
+                interrupt.pressed = True  # the session's end saves the network first
     if interrupt.pressed:
         kept = f', kept in {flags.model_dir}' if is_chief and flags.model_dir else ''
         raise KeyboardInterrupt(f'stopped at step {step}{kept}')
