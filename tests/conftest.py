@@ -5,6 +5,7 @@ import gzip
 import http.server
 import os
 import pathlib
+import signal
 import struct
 import subprocess
 import sys
@@ -19,6 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 DATA = ROOT / 'MNIST_data'
 NAMES = tuple(f'{name}.gz' for name in input_data._FILES)
 os.environ['no_proxy'] = '127.0.0.1'
+# A shell's background job ignores Ctrl-C, and so would all processes that the tests start from one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith('TF_')}
 
 
