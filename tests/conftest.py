@@ -97,6 +97,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Nothing on the tests' screen."""
 
 
+@pytest.fixture(autouse=True)
+def seedless():
+    """A seeded run in the tests' process leaves no TF_DETERMINISTIC_OPS to unseeded ones."""
+    yield
+    os.environ.pop('TF_DETERMINISTIC_OPS', None)
+
+
 @pytest.fixture
 def server():
     """A server of the real files on loopback."""
