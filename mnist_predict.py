@@ -10,6 +10,7 @@ read is named on standard error; the others are read all the same, and the exit 
 
 import argparse
 import contextlib
+import functools
 import os
 import stat
 import struct
@@ -106,7 +107,7 @@ def find_ink(view):
     best, found = 0, None
     for part in (2, 3, 5, 8):
         window = max(view.shape) // part | 1
-        paper = slide(slide(view, window, np.max), window, np.min)
+        paper = slide(slide(view, window, np.maximum), window, np.minimum)
         ink = paper - view
         if ink.max() - ink.min() < 1:
             continue
@@ -131,7 +132,7 @@ def find_ink(view):
     is_ink = without_specks(is_ink)
     base = np.median(ink[~is_ink])
     ink = (ink - base) / (np.median(ink[is_ink]) - base)
-    near = slide(is_ink, 3, np.max)  # a stroke's grey edge belongs to it, too
+    near = slide(is_ink, 3, np.maximum)  # a stroke's grey edge belongs to it, too
     return np.where(near, np.clip(ink, 0, 1), 0).astype(np.float32), is_ink
 
 
@@ -154,7 +155,7 @@ def without_specks(is_ink):
     # Each pixel takes the largest number among its neighbours' until each piece has one number.
     pieces = np.where(is_ink, 1 + np.arange(is_ink.size).reshape(is_ink.shape), 0)
     while True:
-        spread = np.where(is_ink, slide(pieces, 3, np.max), 0)
+        spread = np.where(is_ink, slide(pieces, 3, np.maximum), 0)
         if (spread == pieces).all():
             break
         pieces = spread
@@ -170,12 +171,11 @@ def bounding_box(is_ink):
 
 
 def slide(view, window, function):
-    """np.max or np.min over a square window at each pixel: same shape; window: odd."""
-    for axis in (0, 1):
-        border = [(0, 0), (0, 0)]
-        border[axis] = (window // 2, window // 2)
-        padded = np.pad(view, border, mode='edge')
-        view = function(np.lib.stride_tricks.sliding_window_view(padded, window, axis), axis=-1)
+    """np.maximum or np.minimum over a square window at each pixel: same shape; window: odd."""
+    for _ in range(2):  # down the columns and, once transposed, along the rows
+        padded = np.pad(view, [(window // 2, window // 2), (0, 0)], mode='edge')
+        rows = len(view)
+        view = functools.reduce(function, (padded[i:i + rows] for i in range(window))).T
     return view
 
 

@@ -152,7 +152,11 @@ def work(parser, flags, cluster, server, index):
         kept = f', kept in {flags.model_dir}' if is_chief and flags.model_dir else ''
         raise KeyboardInterrupt(f'stopped at step {step}{kept}')
     with tf.Session(server.target, config=reach_only('worker', index)) as sess:
-        sess.run(i_am_done)
+        for one_knows in i_am_done:
+            try:
+                sess.run(one_knows)
+            except tf.errors.UnavailableError:
+                pass  # that server knew, and ended before its answer came
 
 
 # The tutorial ends here. The rest is for the cluster: sessions, TF_CONFIG, processes and flags.
@@ -306,11 +310,13 @@ def run_local_cluster(workers, argv):
             processes[job, index] = subprocess.Popen(
                 [sys.executable, os.path.abspath(__file__), *argv], stdin=subprocess.PIPE,
                 env={**os.environ, 'TF_CONFIG': config, LOCAL: '1'}, start_new_session=True)
-        while None in [process.poll() for process in processes.values()]:
+        running = True
+        while running:
+            time.sleep(0.1)
+            running = None in [process.poll() for process in processes.values()]
             for (job, index), process in processes.items():
                 if process.returncode:
                     sys.exit(f'{job} {index} has ended with code {process.returncode}, so all end')
-            time.sleep(0.1)
     except KeyboardInterrupt:
         chief = processes.get(('worker', 0))
         if chief:

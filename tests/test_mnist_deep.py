@@ -201,7 +201,8 @@ def test_ctrl_c_saves_and_the_next_run_does_the_remaining_steps(tmp_path, few_di
 
 def test_kill_9_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path, few_digits):
     folder = tmp_path / 'model'
-    flags = ['--max_steps=200', '--seed=1', '--data_dir', few_digits, '--model_dir', folder]
+    flags = ['--max_steps=200', '--seed=1', '--batch_size=20', '--data_dir', few_digits,
+             '--model_dir', folder]
     process = start('mnist_deep.py', *flags, '--save_checkpoints_steps=30')
     for step in (0, 100):
         assert process.stdout.readline().startswith(f'step {step},')
@@ -261,7 +262,7 @@ def test_resumed_with_a_seed_it_takes_up_the_order_of_the_minibatches(tmp_path, 
 def test_a_killed_run_resumed_is_the_run_that_was_never_killed(precision, every, last, tmp_path,
                                                                few_digits):
     flags = [*precision, '--seed=1', '--max_steps', last, '--save_checkpoints_steps', every,
-             '--data_dir', few_digits, '--model_dir']
+             '--batch_size=20', '--data_dir', few_digits, '--model_dir']
     whole = python('mnist_deep.py', *flags, tmp_path / 'whole')
 
     killed_at = random.randint(1, last // every) * every
@@ -292,8 +293,8 @@ def test_a_run_stopped_twice_and_extended_is_the_one_of_one_go(tmp_path, few_dig
     for folder, ends in (('whole', [103]), ('parts', [3, 101, 103])):
         for end in ends:
             with tf.Graph().as_default():
-                mnist_deep.main([f'--max_steps={end}', '--seed=2', f'--data_dir={few_digits}',
-                                 f'--model_dir={tmp_path / folder}'])
+                mnist_deep.main([f'--max_steps={end}', '--seed=2', '--batch_size=20',
+                                 f'--data_dir={few_digits}', f'--model_dir={tmp_path / folder}'])
         printed.append([line for line in capsys.readouterr().out.splitlines()
                         if line.startswith('step')])
     assert printed[0] == printed[1]

@@ -25,7 +25,7 @@ TEST = input_data.read_data_sets(DATA).test
 def model(tmp_path_factory):
     """A model folder after a few hundred steps."""
     folder = tmp_path_factory.mktemp('trained') / 'model'
-    result = python('mnist_deep.py', '--max_steps=400', '--seed=1', '--model_dir', folder)
+    result = python('mnist_deep.py', '--max_steps=300', '--seed=1', '--model_dir', folder)
     assert result.returncode == 0
     return folder
 

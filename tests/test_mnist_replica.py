@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -50,8 +51,8 @@ def cluster(tmp_path, few_digits):
 
     def make(workers, steps, *flags):
         made.append(Cluster(workers, [
-            '--max_steps', steps, '--seed=1', '--data_dir', few_digits, '--model_dir',
-            tmp_path / 'model', '--save_checkpoints_steps=10', *flags]))
+            '--max_steps', steps, '--seed=1', '--batch_size=5', '--data_dir', few_digits,
+            '--model_dir', tmp_path / 'model', '--save_checkpoints_steps=10', *flags]))
         return made[-1]
     yield make
     for one in made:
@@ -102,34 +103,45 @@ def test_a_local_cluster_trains_shows_the_tutorials_lines_and_leaves_nothing(mod
                 if str(tmp_path) in str(process.info['cmdline'])]
 
 
-def test_each_script_goes_on_with_what_the_others_have_kept(tmp_path, few_digits):
-    flags = ['--seed=1', '--data_dir', few_digits, '--model_dir', tmp_path]
-    python('mnist_replica.py', '--workers=1', '--sync_replicas', '--max_steps=5', *flags)
-    result = python('mnist_deep.py', '--max_steps=8', *flags)
-    assert (result.returncode, result.stderr) == (0, 'going on from step 5 of 8\n')
-    result = python('mnist_replica.py', '--workers=1', '--max_steps=11', *flags)
-    assert (result.returncode, result.stderr) == (0, 'going on from step 8 of 11\n')
-    assert last_step(tmp_path) == 11
-    result = python('mnist_predict.py', 'docs/digit.png', '--model_dir', tmp_path)
-    assert re.match(r'docs/digit.png: \d \(', result.stdout)
+TWELVE = ['--seed=3', '--max_steps=12']
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory, few_digits):
+    """A folder after 12 steps of mnist_deep.py, and what it printed."""
+    folder = tmp_path_factory.mktemp('alone')
+    result = python('mnist_deep.py', *TWELVE, '--data_dir', few_digits, '--model_dir', folder)
+    return folder, result.stdout
 
 
 @pytest.mark.parametrize('mode', [[], ['--sync_replicas']])
-def test_one_worker_learns_what_mnist_deep_learns(mode, tmp_path, few_digits):
-    flags = ['--seed=3', '--max_steps=12', '--data_dir', few_digits, '--model_dir']
-    alone = python('mnist_deep.py', *flags, tmp_path / 'alone')
-    one = python('mnist_replica.py', '--workers=1', *mode, *flags, tmp_path / 'one')
-    assert alone.stdout == one.stdout
-    expected, found = weights(tmp_path / 'alone'), weights(tmp_path / 'one')
+def test_one_worker_learns_what_mnist_deep_learns(mode, alone, tmp_path, few_digits):
+    folder, printed = alone
+    one = python('mnist_replica.py', '--workers=1', *mode, *TWELVE, '--data_dir', few_digits,
+                 '--model_dir', tmp_path)
+    assert one.stdout == printed
+    expected, found = weights(folder), weights(tmp_path)
     assert expected.keys() == found.keys()
     for name in expected:
         assert np.allclose(expected[name], found[name], atol=1e-5), name
 
 
+def test_each_script_goes_on_with_what_the_others_have_kept(alone, tmp_path, few_digits):
+    folder = shutil.copytree(alone[0], tmp_path / 'model')
+    flags = ['--data_dir', few_digits, '--model_dir', folder]
+    result = python('mnist_replica.py', '--workers=1', '--sync_replicas', '--max_steps=15', *flags)
+    assert (result.returncode, result.stderr) == (0, 'going on from step 12 of 15\n')
+    result = python('mnist_deep.py', '--max_steps=18', *flags)
+    assert (result.returncode, result.stderr) == (0, 'going on from step 15 of 18\n')
+    assert last_step(folder) == 18
+    result = python('mnist_predict.py', 'docs/digit.png', '--model_dir', folder)
+    assert re.match(r'docs/digit.png: \d \(', result.stdout)
+
+
 def local_cluster(few_digits, folder):
     """A running cluster of 2 workers, and all its processes, while it trains."""
-    process = start('mnist_replica.py', '--workers=2', '--max_steps=100000', '--data_dir',
-                    few_digits, '--model_dir', folder)
+    process = start('mnist_replica.py', '--workers=2', '--max_steps=100000', '--batch_size=5',
+                    '--data_dir', few_digits, '--model_dir', folder)
     assert process.stdout.readline().startswith('step ')
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) == 3
@@ -195,7 +207,7 @@ def test_a_server_that_is_killed_and_started_again_goes_on_from_the_checkpoint(c
     server.communicate()
     server = tasks.start('ps')
     output, errors = chief.communicate(timeout=120)
-    assert chief.returncode == 0 and 'test accuracy' in output
+    assert chief.returncode == 0 and 'test accuracy' in output, errors
     assert errors.startswith('a parameter server was lost; training goes on')
     assert worker.wait(60) == server.wait(60) == 0
     assert last_step(tmp_path / 'model') in (150, 151)
@@ -212,7 +224,7 @@ def test_a_chief_that_is_killed_and_started_again_goes_on_from_the_checkpoint(mo
     chief.communicate()
     chief = tasks.start('worker', 0)
     output, errors = chief.communicate(timeout=120)
-    assert chief.returncode == 0 and 'test accuracy' in output
+    assert chief.returncode == 0 and 'test accuracy' in output, errors
     assert re.match(r'going on from step \d+ of 150\n', errors)
     assert worker.wait(60) == server.wait(60) == 0
 

@@ -65,10 +65,9 @@ def test_bad_flags_end_in_one_line_that_says_what_to_change(script, flags, messa
 
 
 @both
-def test_every_bad_flag_does_so_as_a_process(script, folder):
+def test_bad_flags_do_so_as_a_process(script, folder):
     messages = {flag: message for (flag,), message in REFUSED if flag in (
-        '--max_steps=0', '--batch_size=0', '--learning_rate=0', '--seed=one', '--steps=5',
-        '--data_dir=FILE')}
+        '--learning_rate=0', '--steps=5', '--data_dir=FILE')}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda flag: python(ROOT / script, flag, cwd=folder), messages)
         for message, result in zip(messages.values(), results):
@@ -124,7 +123,7 @@ def test_can_be_imported_without_running(script, capfd):
 
 @both
 def test_the_same_seed_prints_the_same_twice_and_another_does_not(script, few_digits):
-    steps = {'mnist_softmax.py': 200, 'mnist_deep.py': 110}[script]
+    steps = {'mnist_softmax.py': 200, 'mnist_deep.py': 40}[script]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         one, same, other = pool.map(
             lambda seed: python(script, '--seed', seed, '--max_steps', steps,
