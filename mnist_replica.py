@@ -112,9 +112,10 @@ def work(parser, flags, cluster, server, index):
                  for v in tf.global_variables()}
     scaffold = tf.train.Scaffold(saver=tf.train.Saver(
         variables, max_to_keep=2, save_relative_paths=True))
+    resumes = False
     if is_chief and flags.model_dir:
         try:
-            mnist_deep.find_checkpoint(flags.model_dir, variables)
+            resumes = mnist_deep.find_checkpoint(flags.model_dir, variables) is not None
         except (OSError, ValueError) as error:
             parser.error(f'--model_dir {flags.model_dir}: {error}')
         hooks.append(tf.train.CheckpointSaverHook(
@@ -123,11 +124,11 @@ def work(parser, flags, cluster, server, index):
     interrupt = Interrupt()
     creator = PatientSessionCreator(cluster, server, index, flags, scaffold)
     with tf.train.MonitoredSession(creator, hooks, stop_grace_period_secs=1) as sess:
-        step = started = sess.run(global_step)
-        if is_chief and started:
-            print(f'going on from step {started} of {flags.max_steps}', file=sys.stderr)
+        step = sess.run(global_step)
+        if resumes:
+            print(f'going on from step {step} of {flags.max_steps}', file=sys.stderr)
         elif not is_chief and not os.environ.get(LOCAL):
-            print(f'worker {index} joins at step {started}', file=sys.stderr)
+            print(f'worker {index} joins at step {step}', file=sys.stderr)
         shown = -100
         while step < flags.max_steps and not interrupt.pressed:
             batch = mnist.train.next_batch(flags.batch_size)

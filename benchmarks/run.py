@@ -227,7 +227,7 @@ def pictures(quick, note, model_dir):
                 ('normalised', 'normalised'), ('resized to 28x28', 'resized'),
                 ("MNIST's digits themselves", 'directly'))}, 1, [], note)
         sizes = {'280x280 drawing': (280, 280, 4 if quick else 200),
-                 '12-megapixel photo': (3000, 4000, 5 if quick else 20)}
+                 '12-megapixel photo': (3000, 4000, 1 if quick else 20)}
         yield compete('mnist_predict.py', {
             name: (None, 'predict', {'model_dir': folder, 'height': height, 'width': width,
                                      'pictures': count})

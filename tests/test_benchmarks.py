@@ -48,8 +48,10 @@ def test_every_figure_is_positive(quick):
         for name, figures in result['medians'].items():
             assert figures
             for figure, value in figures.items():
-                # A network of 100 steps may read none of the resized pictures.
-                assert value > 0 or name == 'resized to 28x28', (name, figure)
+                # A network of 100 steps may read none of the resized pictures; and a few pictures
+                # take less time than that by which two processes' start-ups differ.
+                assert (value > 0 or name == 'resized to 28x28'
+                        or figure == 'pictures per s'), (name, figure)
         for ratio in result['ratios']:
             assert 0 < ratio['least'] <= ratio['median'] <= ratio['most']
 
