@@ -325,7 +325,7 @@ def run_local_cluster(workers, argv):
             chief.wait(60)  # it saves, and says so
         sys.exit(130)
     finally:
-        for process in processes.values():
+        for process in reversed(processes.values()):  # the workers first: none is to miss its ps
             process.kill()
             process.wait()
 
