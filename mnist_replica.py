@@ -100,6 +100,7 @@ def work(parser, flags, cluster, server, index):
             optimizer = tf.train.SyncReplicasOptimizer(optimizer, workers, workers)
             hooks.append(optimizer.make_session_run_hook(is_chief, num_tokens=0))
             threading.excepthook = quiet_when_cancelled
+            tf.logging.set_verbosity(tf.logging.FATAL)  # a lost server is told in one line, ours
         global_step = tf.train.get_or_create_global_step()
         with tf.name_scope('adam_optimizer'):
             train_step = optimizer.minimize(cross_entropy, global_step=global_step)

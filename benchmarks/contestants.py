@@ -173,7 +173,7 @@ def network():
     return x, y_, keep_prob, y_conv, train_step
 
 
-def product_ms(sess):
+def product_ms(sess, times):
     """What a plain float32 matrix product of PRODUCT_FLOP operations takes in a session.
 
     A median, as the figures that are held against it are: a minimum would count the machine's own
@@ -184,7 +184,7 @@ def product_ms(sess):
     a, b = (tf.Variable(tf.random.normal([2048, 2048])) for _ in range(2))
     product = tf.matmul(a, b).op
     sess.run([a.initializer, b.initializer])
-    return median(timed(lambda: sess.run(product))[0] for _ in range(20))
+    return median(timed(lambda: sess.run(product))[0] for _ in range(times))
 
 
 def step_ours(steps, bfloat16=False):
@@ -205,7 +205,7 @@ def step_ours(steps, bfloat16=False):
                  for images, labels in fed][20:]
         result = {'step ms': median(times)}
         if not bfloat16:
-            product = product_ms(sess)
+            product = product_ms(sess, min(steps, 20))
             copy_ms = median(timed(lambda: np.copyto(target, source))[0] for _ in range(20))
             copied = 2 * source.nbytes
             result['limit ms'] = STEP_FLOP / PRODUCT_FLOP * product + ADAM_BYTES / copied * copy_ms
@@ -266,7 +266,7 @@ def step_torch(steps, channels_last=False, bfloat16=False):
 
 # The test evaluation
 
-def evaluation(at_once, images):
+def evaluation(at_once, images, products):
     """Test accuracy, evaluated once after some training, as scripts do; time and peak memory.
 
     The limit is the floating-point operations at the rate of a plain float32 matrix product.
@@ -294,7 +294,8 @@ def evaluation(at_once, images):
             sess.run(correct, {x: digits, y_: labels, keep_prob: 1.0})
             sess.run(train_step, {x: digits, y_: labels, keep_prob: 0.5})
         result = {'evaluation s': timed(evaluate)[0], 'peak MB': peak()}
-        result['limit s'] = images * sum(FORWARD.values()) / PRODUCT_FLOP * product_ms(sess) / 1e3
+        result['limit s'] = images * sum(FORWARD.values()) / PRODUCT_FLOP * product_ms(
+            sess, products) / 1e3
     return result
 
 
@@ -403,13 +404,14 @@ def predict(model_dir, height, width, pictures):
 
 # Many workers
 
-def training(script, steps, flags):
+def training(script, steps, batch, flags):
     """A training script's steps, by the lines that it prints, and what goes over loopback."""
     import psutil
 
     def sent():
         return psutil.net_io_counters(pernic=True)['lo'].bytes_sent
-    process = subprocess.Popen([sys.executable, ROOT / script, f'--max_steps={steps}', *flags],
+    process = subprocess.Popen([sys.executable, ROOT / script, f'--max_steps={steps}',
+                                f'--batch_size={batch}', *flags],
                                stdout=subprocess.PIPE, text=True)
     marks = []
     for line in process.stdout:
@@ -421,7 +423,7 @@ def training(script, steps, flags):
     (first, began, sent_before), (last, ended, sent_after) = marks[1 if len(marks) > 2 else 0], \
         marks[-1]
     result = {'step ms': (ended - began) / (last - first) * 1e3,
-              'images per s': 50 * (last - first) / (ended - began)}
+              'images per s': batch * (last - first) / (ended - began)}
     if script == 'mnist_replica.py':
         result['loopback MB per step'] = (sent_after - sent_before) / (last - first) / 1e6
     return result

@@ -186,7 +186,7 @@ def step(quick, note, _):
 
 def evaluation(quick, note, _):
     """The test accuracy."""
-    images = {'images': 400 if quick else 10000}
+    images = {'images': 400 if quick else 10000, 'products': 2 if quick else 20}
     one, other = 'in batches of 200', 'all at once'
     yield compete('Test evaluation', {
         one: (None, 'evaluation', {**images, 'at_once': False}),
@@ -240,8 +240,8 @@ def workers(quick, note, _):
     with tempfile.TemporaryDirectory() as folder:
         data = small_data(folder) if quick else []
         contestants = {
-            name: (None, 'training', {'steps': 150 if quick else 1001, 'script': script,
-                                      'flags': [*flags, *data]})
+            name: (None, 'training', {'steps': 150 if quick else 1001, 'batch': 5 if quick else 50,
+                                      'script': script, 'flags': [*flags, *data]})
             for name, script, flags in ((alone, 'mnist_deep.py', []),
                                         (one, 'mnist_replica.py', ['--workers=1']),
                                         (two, 'mnist_replica.py', ['--workers=2']))}

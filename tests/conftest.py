@@ -1,6 +1,7 @@
 """What the tests share: the real data, a real HTTP server, and real processes."""
 
 import collections
+import fcntl
 import gzip
 import http.server
 import os
@@ -132,6 +133,23 @@ def few_digits(tmp_path_factory):
             array = input_data._read_idx(f, name)
         write_idx(folder / name.removesuffix('.gz'), array[:6000 if 'train' in name else 500])
     return folder
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """A model folder after 400 steps, and what the run printed; one for all of pytest's workers."""
+    shared = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        shared = shared.parent
+    folder, printed = shared / 'trained', shared / 'trained.txt'
+    with open(shared / 'trained.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here for the first one
+        if not printed.exists():
+            result = python('mnist_deep.py', '--max_steps=400', '--seed=1', '--model_dir', folder,
+                            '--save_checkpoints_steps=150')
+            assert (result.returncode, result.stderr) == (0, '')
+            printed.write_text(result.stdout)
+    return folder, printed.read_text()
 
 
 def python(*arguments, **options):

@@ -52,7 +52,8 @@ class Camera:
             light_ink = random.rand() < 0.5
 
         # Light falls off across the paper; half of the pictures have a shadow over one side.
-        y, x = np.mgrid[-1:1:height * 1j, -1:1:width * 1j].astype(np.float32)
+        y = np.linspace(-1, 1, height, dtype=np.float32)[:, np.newaxis]
+        x = np.linspace(-1, 1, width, dtype=np.float32)
         angle, fall = random.uniform(0, 2 * np.pi), random.uniform(0, 0.25)
         light = 1 - fall * (1 + x * np.cos(angle) + y * np.sin(angle)) / 2
         if random.rand() < 0.5:

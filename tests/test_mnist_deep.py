@@ -23,16 +23,6 @@ def graph():
         yield fresh
 
 
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """A model folder after 400 steps, and what the run printed."""
-    folder = tmp_path_factory.mktemp('trained') / 'model'
-    result = python('mnist_deep.py', '--max_steps=400', '--seed=1', '--model_dir', folder,
-                    '--save_checkpoints_steps=150')
-    assert (result.returncode, result.stderr) == (0, '')
-    return folder, result.stdout
-
-
 def files(folder):
     """The contents of a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -201,7 +191,7 @@ def test_ctrl_c_saves_and_the_next_run_does_the_remaining_steps(tmp_path, few_di
 
 def test_kill_9_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path, few_digits):
     folder = tmp_path / 'model'
-    flags = ['--max_steps=200', '--seed=1', '--batch_size=20', '--data_dir', few_digits,
+    flags = ['--max_steps=150', '--seed=1', '--batch_size=5', '--data_dir', few_digits,
              '--model_dir', folder]
     process = start('mnist_deep.py', *flags, '--save_checkpoints_steps=30')
     for step in (0, 100):
@@ -209,11 +199,11 @@ def test_kill_9_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path, few_
     process.kill()
     process.communicate()
     result = python('mnist_deep.py', *flags)
-    resumed = int(re.fullmatch(r'going on from step (\d+) of 200\n', result.stderr)[1])
-    assert resumed % 30 == 0 and 90 <= resumed < 200
+    resumed = int(re.fullmatch(r'going on from step (\d+) of 150\n', result.stderr)[1])
+    assert resumed % 30 == 0 and 90 <= resumed < 150
     assert [line.split(',')[0] for line in result.stdout.splitlines()[:-1]] == (
         ['step 100'] if resumed == 90 else [])
-    assert tf.train.latest_checkpoint(folder) == str(folder / 'mnist_deep.ckpt-200')
+    assert tf.train.latest_checkpoint(folder) == str(folder / 'mnist_deep.ckpt-150')
 
 
 def test_kill_9_at_any_moment_leaves_a_folder_that_resumes(tmp_path, few_digits):
@@ -262,7 +252,7 @@ def test_resumed_with_a_seed_it_takes_up_the_order_of_the_minibatches(tmp_path, 
 def test_a_killed_run_resumed_is_the_run_that_was_never_killed(precision, every, last, tmp_path,
                                                                few_digits):
     flags = [*precision, '--seed=1', '--max_steps', last, '--save_checkpoints_steps', every,
-             '--batch_size=20', '--data_dir', few_digits, '--model_dir']
+             '--batch_size=5', '--data_dir', few_digits, '--model_dir']
     whole = python('mnist_deep.py', *flags, tmp_path / 'whole')
 
     killed_at = random.randint(1, last // every) * every
@@ -293,7 +283,7 @@ def test_a_run_stopped_twice_and_extended_is_the_one_of_one_go(tmp_path, few_dig
     for folder, ends in (('whole', [103]), ('parts', [3, 101, 103])):
         for end in ends:
             with tf.Graph().as_default():
-                mnist_deep.main([f'--max_steps={end}', '--seed=2', '--batch_size=20',
+                mnist_deep.main([f'--max_steps={end}', '--seed=2', '--batch_size=5',
                                  f'--data_dir={few_digits}', f'--model_dir={tmp_path / folder}'])
         printed.append([line for line in capsys.readouterr().out.splitlines()
                         if line.startswith('step')])

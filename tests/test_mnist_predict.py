@@ -22,12 +22,9 @@ TEST = input_data.read_data_sets(DATA).test
 
 
 @pytest.fixture(scope='module')
-def model(tmp_path_factory):
+def model(trained):
     """A model folder after a few hundred steps."""
-    folder = tmp_path_factory.mktemp('trained') / 'model'
-    result = python('mnist_deep.py', '--max_steps=300', '--seed=1', '--model_dir', folder)
-    assert result.returncode == 0
-    return folder
+    return trained[0]
 
 
 @pytest.fixture(scope='module')
@@ -374,15 +371,18 @@ def test_show_writes_what_the_network_saw_and_replaces_nothing(folder, model, tm
     (['--model_dir=other'], '--model_dir other: its checkpoint is damaged or of another model'),
     (['--show=seven.png'], '--show seven.png: File exists'),
     (['--steps=3'], 'unrecognized arguments: --steps=3')])
-def test_bad_flags_end_in_one_line(flags, message, folder, model):
+def test_bad_flags_end_in_one_line(flags, message, folder, model, monkeypatch, capsys):
     (folder / 'other').mkdir(exist_ok=True)
     (folder / 'other' / 'checkpoint').write_text('model_checkpoint_path: "m-1"')
     (folder / 'other' / 'm-1.index').write_text('damaged')
     (folder / 'other' / 'm-1.data-00000-of-00001').write_text('damaged')
-    result = predict('seven.png', '--model_dir', model, *flags, cwd=folder)
-    assert (result.returncode, result.stdout) == (2, '')
-    line, = result.stderr.splitlines()
-    assert re.search(f'mnist_predict.py: error: .*{message}', line)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, 'argv', ['mnist_predict.py'])
+    with tf.Graph().as_default(), pytest.raises(SystemExit, match='^2$'):
+        mnist_predict.main(['seven.png', '--model_dir', str(model), *flags])
+    output, errors = capsys.readouterr()
+    line, = errors.splitlines()
+    assert re.search(f'mnist_predict.py: error: .*{message}', line) and output == ''
 
 
 def test_takes_at_most_1100_megabytes_with_a_photograph_of_12_megapixels(model, camera, tmp_path):

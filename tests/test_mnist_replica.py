@@ -15,6 +15,7 @@ import pytest
 from conftest import ENVIRONMENT, ROOT, python, start
 
 import mnist_deep
+import mnist_predict
 import mnist_replica
 
 tf = mnist_deep.tf
@@ -31,9 +32,9 @@ class Cluster:
             bound.close()
         self.addresses = {'ps': addresses[:1], 'worker': addresses[1:]}
 
-    def start(self, job, index=0):
+    def start(self, job, index=0, *flags):
         config = json.dumps({'cluster': self.addresses, 'task': {'type': job, 'index': index}})
-        process = start('mnist_replica.py', *self.flags,
+        process = start('mnist_replica.py', *self.flags, *flags,
                         env={**ENVIRONMENT, 'TF_CONFIG': config})
         self.processes.append(process)
         return process
@@ -66,10 +67,15 @@ def until(condition, process):
         time.sleep(0.01)
 
 
+def newest(folder):
+    """The step of a folder's newest checkpoint, -1 if it has none."""
+    return max((int(path.stem.rsplit('-', 1)[1])
+                for path in folder.glob('mnist_deep.ckpt-*.index')), default=-1)
+
+
 def checkpoint_after(folder, step):
-    """Whether a folder has a checkpoint of a later step."""
-    return lambda: any(int(path.stem.rsplit('-', 1)[1]) > step
-                       for path in folder.glob('mnist_deep.ckpt-*.index'))
+    """Whether a folder has a checkpoint of a later step, to be asked again and again."""
+    return lambda: newest(folder) > step
 
 
 def joined(process):
@@ -92,12 +98,13 @@ def weights(folder):
 def test_a_local_cluster_trains_shows_the_tutorials_lines_and_leaves_nothing(mode, tmp_path,
                                                                              few_digits):
     flags = ['--seed=1', '--data_dir', few_digits, '--model_dir', tmp_path]
-    result = python('mnist_replica.py', '--workers=2', '--max_steps=120', *mode, *flags)
+    result = python('mnist_replica.py', '--workers=2', '--max_steps=120', '--batch_size=20', *mode,
+                    *flags)
     assert (result.returncode, result.stderr) == (0, '')
     first, second, last = result.stdout.splitlines()
     assert re.fullmatch(r'step \d, training accuracy [01](\.\d+)?', first)
     assert re.fullmatch(r'step 10\d, training accuracy [01](\.\d+)?', second)
-    assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > 0.7
+    assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > 0.5
     assert last_step(tmp_path) == 120 if mode else last_step(tmp_path) in (120, 121)
     assert not [process for process in psutil.process_iter(['cmdline'])
                 if str(tmp_path) in str(process.info['cmdline'])]
@@ -126,30 +133,32 @@ def test_one_worker_learns_what_mnist_deep_learns(mode, alone, tmp_path, few_dig
         assert np.allclose(expected[name], found[name], atol=1e-5), name
 
 
-def test_each_script_goes_on_with_what_the_others_have_kept(alone, tmp_path, few_digits):
+def test_each_script_goes_on_with_what_the_others_have_kept(alone, tmp_path, few_digits, capsys):
     folder = shutil.copytree(alone[0], tmp_path / 'model')
-    flags = ['--data_dir', few_digits, '--model_dir', folder]
+    flags = [f'--data_dir={few_digits}', f'--model_dir={folder}']
     result = python('mnist_replica.py', '--workers=1', '--sync_replicas', '--max_steps=15', *flags)
     assert (result.returncode, result.stderr) == (0, 'going on from step 12 of 15\n')
-    result = python('mnist_deep.py', '--max_steps=18', *flags)
-    assert (result.returncode, result.stderr) == (0, 'going on from step 15 of 18\n')
+    with tf.Graph().as_default():
+        mnist_deep.main(['--max_steps=18', *flags])
+    assert capsys.readouterr().err == 'going on from step 15 of 18\n'
     assert last_step(folder) == 18
-    result = python('mnist_predict.py', 'docs/digit.png', '--model_dir', folder)
-    assert re.match(r'docs/digit.png: \d \(', result.stdout)
+    with tf.Graph().as_default():
+        mnist_predict.main([str(ROOT / 'docs' / 'digit.png'), f'--model_dir={folder}'])
+    assert re.search(r'digit.png: \d \(', capsys.readouterr().out)
 
 
-def local_cluster(few_digits, folder):
-    """A running cluster of 2 workers, and all its processes, while it trains."""
-    process = start('mnist_replica.py', '--workers=2', '--max_steps=100000', '--batch_size=5',
-                    '--data_dir', few_digits, '--model_dir', folder)
+def local_cluster(workers, few_digits, folder):
+    """A running cluster, and all its processes, while it trains."""
+    process = start('mnist_replica.py', f'--workers={workers}', '--max_steps=100000',
+                    '--batch_size=5', '--data_dir', few_digits, '--model_dir', folder)
     assert process.stdout.readline().startswith('step ')
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) == 3
+    assert len(children) == 1 + workers
     return process, children
 
 
 def test_ctrl_c_keeps_the_network_and_leaves_no_process(few_digits, tmp_path):
-    process, children = local_cluster(few_digits, tmp_path)
+    process, children = local_cluster(2, few_digits, tmp_path)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -159,7 +168,7 @@ def test_ctrl_c_keeps_the_network_and_leaves_no_process(few_digits, tmp_path):
 
 
 def test_when_one_process_fails_all_end(few_digits, tmp_path):
-    process, children = local_cluster(few_digits, tmp_path)
+    process, children = local_cluster(2, few_digits, tmp_path)
     task = {'type': 'worker', 'index': 1}
     next(child for child in children
          if json.loads(child.environ()['TF_CONFIG'])['task'] == task).kill()
@@ -169,7 +178,7 @@ def test_when_one_process_fails_all_end(few_digits, tmp_path):
 
 
 def test_no_process_outlives_the_one_that_started_it(few_digits, tmp_path):
-    process, children = local_cluster(few_digits, tmp_path)
+    process, children = local_cluster(1, few_digits, tmp_path)
     process.kill()
     process.communicate()
     assert not psutil.wait_procs(children, timeout=60)[1]
@@ -177,57 +186,36 @@ def test_no_process_outlives_the_one_that_started_it(few_digits, tmp_path):
 
 # Faults
 
-def test_a_worker_that_is_killed_and_started_again_joins(cluster, tmp_path):
-    tasks = cluster(2, 200)
+@pytest.mark.parametrize('mode', [[], ['--sync_replicas']])
+def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path):
+    tasks, model = cluster(2, 100000, *mode), tmp_path / 'model'
     server, chief, worker = tasks.start('ps'), tasks.start('worker', 0), tasks.start('worker', 1)
     joined(worker)
+
     worker.kill()
+    if not mode:  # one that is gone for good leaves the others going
+        until(checkpoint_after(model, newest(model) + 20), chief)
     worker = tasks.start('worker', 1)
-    assert joined(worker) < 200
-    output, errors = chief.communicate(timeout=120)
-    assert (chief.returncode, errors) == (0, '') and 'test accuracy' in output
-    assert worker.wait(60) == server.wait(60) == 0
-    assert last_step(tmp_path / 'model') in (200, 201)
-
-
-def test_a_worker_that_is_gone_for_good_leaves_the_others_going(cluster):
-    tasks = cluster(3, 150)
-    server, chief, worker, _ = tasks.start('ps'), *(tasks.start('worker', i) for i in range(3))
     joined(worker)
-    worker.kill()  # and the third one may join or not: both are waited for in vain
-    assert 'test accuracy' in chief.communicate(timeout=120)[0]
-    assert chief.returncode == server.wait(60) == 0
+    until(checkpoint_after(model, newest(model)), chief)
 
-
-def test_a_server_that_is_killed_and_started_again_goes_on_from_the_checkpoint(cluster, tmp_path):
-    tasks = cluster(2, 150)
-    server, chief, worker = tasks.start('ps'), tasks.start('worker', 0), tasks.start('worker', 1)
-    joined(worker)
-    until(checkpoint_after(tmp_path / 'model', 20), chief)
     server.kill()
     server.communicate()
+    before = newest(model)
     server = tasks.start('ps')
-    output, errors = chief.communicate(timeout=120)
-    assert chief.returncode == 0 and 'test accuracy' in output, errors
-    assert errors.startswith('a parameter server was lost; training goes on')
-    assert worker.wait(60) == server.wait(60) == 0
-    assert last_step(tmp_path / 'model') in (150, 151)
+    for process in (chief, worker):
+        assert process.stderr.readline().startswith('a parameter server was lost; training goes on')
+    until(checkpoint_after(model, before), chief)
 
-
-@pytest.mark.parametrize('mode', [[], ['--sync_replicas']])
-def test_a_chief_that_is_killed_and_started_again_goes_on_from_the_checkpoint(mode, cluster,
-                                                                              tmp_path):
-    tasks = cluster(2, 150, *mode)
-    server, chief, worker = tasks.start('ps'), tasks.start('worker', 0), tasks.start('worker', 1)
-    joined(worker)
-    until(checkpoint_after(tmp_path / 'model', 20), chief)
     chief.kill()
     chief.communicate()
-    chief = tasks.start('worker', 0)
+    last = newest(model) + 20
+    chief = tasks.start('worker', 0, '--max_steps', last)
     output, errors = chief.communicate(timeout=120)
     assert chief.returncode == 0 and 'test accuracy' in output, errors
-    assert re.match(r'going on from step \d+ of 150\n', errors)
-    assert worker.wait(60) == server.wait(60) == 0
+    assert re.fullmatch(fr'going on from step \d+ of {last}\n', errors)
+    assert last_step(model) >= last  # the other worker may have been further
+    assert server.wait(60) == 0  # though the other worker may wait for many more steps
 
 
 # What is wrong is said in one line
