@@ -152,13 +152,14 @@ def otsu_threshold(values):
 
 def without_specks(is_ink):
     """Drops pieces with less than a twentieth of the largest one's pixels: bool in, bool out."""
-    # Each pixel takes the largest number among its neighbours' until each piece has one number.
+    # Each pixel takes the largest number among its neighbours' until each piece has one number. A
+    # number is also a pixel's place, counted from 1: what that one has taken is taken at once.
     pieces = np.where(is_ink, 1 + np.arange(is_ink.size).reshape(is_ink.shape), 0)
     while True:
         spread = np.where(is_ink, slide(pieces, 3, np.maximum), 0)
         if (spread == pieces).all():
             break
-        pieces = spread
+        pieces = np.append(0, spread)[spread]
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0  # paper
     return (sizes >= 0.05 * sizes.max())[pieces] & is_ink

@@ -215,12 +215,13 @@ def whole(quick, note, _):
 def pictures(quick, note, model_dir):
     """mnist_predict.py, with a fully trained network."""
     with tempfile.TemporaryDirectory() as temporary:
-        data = small_data(temporary) if quick else []
-        folder = model_dir or os.path.join(temporary, 'model')
-        note(f'training the network that reads, unless {folder} has it')
-        subprocess.run([sys.executable, str(HERE.parent / 'mnist_deep.py'), '--seed=0',
-                        f'--max_steps={100 if quick else 20000}', f'--model_dir={folder}', *data],
-                       check=True, stdout=subprocess.DEVNULL)
+        folder = model_dir
+        if not folder:
+            folder = os.path.join(temporary, 'model')
+            note('training the network that reads')
+            subprocess.run([sys.executable, str(HERE.parent / 'mnist_deep.py'), '--seed=0',
+                            f'--max_steps={100 if quick else 20000}', f'--model_dir={folder}'],
+                           check=True, stdout=subprocess.DEVNULL)
         digits = {'model_dir': folder, 'digits': 20 if quick else 500}
         yield compete('Pasted digits of 28 to 1,000 pixels', {
             name: (None, 'reading', {**digits, 'way': way}) for name, way in (

@@ -12,8 +12,11 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
 import pytest
+
+os.environ['OPENBLAS_NUM_THREADS'] = '1'  # more would wait in loops that take the other tests' time
+
+import numpy as np
 
 import input_data
 

@@ -163,14 +163,13 @@ def test_a_model_folder_changes_nothing_about_the_training(tmp_path, few_digits,
     assert printed[0] == printed[1] != ''
 
 
-def test_a_finished_model_is_only_evaluated_wherever_it_was_moved(trained, tmp_path):
+def test_a_finished_model_is_only_evaluated_wherever_it_was_moved(trained, tmp_path, capsys):
     trained_in, output = trained
     folder = shutil.copytree(trained_in, tmp_path / 'elsewhere')
     before = files(folder)
-    result = python('mnist_deep.py', '--max_steps=400', '--model_dir', folder)
-    assert result.returncode == 0
-    assert result.stdout == output.splitlines()[-1] + '\n'
-    assert result.stderr == 'going on from step 400 of 400\n'
+    mnist_deep.main(['--max_steps=400', f'--model_dir={folder}'])
+    assert capsys.readouterr() == (output.splitlines()[-1] + '\n',
+                                   'going on from step 400 of 400\n')
     assert files(folder) == before
 
 
@@ -294,16 +293,18 @@ def test_a_run_stopped_twice_and_extended_is_the_one_of_one_go(tmp_path, few_dig
         assert expected.get_tensor(name).tobytes() == found.get_tensor(name).tobytes(), name
 
 
-def test_a_folder_with_another_model_is_refused_and_left(tmp_path, few_digits):
+def test_a_folder_with_another_model_is_refused_and_left(tmp_path, few_digits, capsys):
     weights = tf.Variable(tf.zeros([784, 10]))
     with tf.Session() as sess:
         sess.run(weights.initializer)
         tf.train.Saver().save(sess, str(tmp_path / 'model.ckpt'), global_step=5)
     before = files(tmp_path)
-    result = python('mnist_deep.py', '--data_dir', few_digits, '--model_dir', tmp_path)
-    assert result.returncode == 2 and result.stdout == ''
-    assert result.stderr == (f'mnist_deep.py: error: --model_dir {tmp_path}: its checkpoint is of '
-                             'another model; name a new folder\n')
+    with tf.Graph().as_default(), pytest.raises(SystemExit, match='2'):
+        mnist_deep.main([f'--data_dir={few_digits}', f'--model_dir={tmp_path}'])
+    output, errors = capsys.readouterr()
+    line, = errors.splitlines()
+    assert line.endswith(f': error: --model_dir {tmp_path}: its checkpoint is of another model; '
+                         'name a new folder') and output == ''
     assert files(tmp_path) == before
 
 
