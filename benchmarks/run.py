@@ -259,7 +259,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', action='store_true',
-                        help='a minute: one round on small sizes, to see that all of it runs')
+                        help='two minutes: one round on small sizes, to see that all of it runs')
     parser.add_argument('--only', choices=BENCHMARKS, help='one benchmark alone')
     parser.add_argument('--model_dir', metavar='FOLDER', help='a network that mnist_deep.py has '
                         'trained, to read pictures; none: one is trained first')

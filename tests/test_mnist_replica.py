@@ -168,12 +168,12 @@ def test_ctrl_c_keeps_the_network_and_leaves_no_process(few_digits, tmp_path):
 
 
 def test_when_one_process_fails_all_end(few_digits, tmp_path):
-    process, children = local_cluster(2, few_digits, tmp_path)
-    task = {'type': 'worker', 'index': 1}
+    process, children = local_cluster(1, few_digits, tmp_path)
+    task = {'type': 'worker', 'index': 0}
     next(child for child in children
          if json.loads(child.environ()['TF_CONFIG'])['task'] == task).kill()
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (1, 'worker 1 has ended with code -9, so all end\n')
+    assert (process.returncode, errors) == (1, 'worker 0 has ended with code -9, so all end\n')
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
