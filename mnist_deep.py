@@ -236,7 +236,8 @@ class ModelDir:
         if start and start < end and self.flags.seed is not None:
             draw_again(start, train, self.flags.batch_size)
         if self.folder and start < end:
-            self.writer = tf.summary.FileWriter(self.folder, tf.get_default_graph())
+            self.writer = tf.summary.FileWriter(self.folder, tf.get_default_graph(),
+                                                filename_suffix=f'.from_step_{start}')
             # TensorBoard then forgets the later steps of a run that was killed.
             self.writer.add_session_log(tf.SessionLog(status=tf.SessionLog.START), start)
 
@@ -341,7 +342,7 @@ def draw_again(steps, train, batch_size):
     In each process, the order of the minibatches and dropout begin anew from the seed. Dropout
     draws [batch_size, 1024] numbers each time the network runs: in each training step and, every
     100 steps, for the training accuracy. Only its random operation is run here, for ten steps at a
-    time, which draws the same numbers as ten runs do.
+    time: that takes the generator as far as ten runs do.
     """
     dropout = next(op for op in tf.get_default_graph().get_operations()
                    if op.type == 'RandomUniform' and op.name.startswith('dropout/'))
