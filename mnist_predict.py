@@ -10,7 +10,7 @@ read is named on standard error; the others are read all the same, and the exit 
 
 import argparse
 import contextlib
-import functools
+import math
 import os
 import stat
 import struct
@@ -22,7 +22,7 @@ import mnist_deep
 
 tf = mnist_deep.tf
 
-VIEW = 128  # pixels: pictures are looked at in this size, or smaller
+VIEW = 192  # pixels: pictures are looked at in this size, or smaller
 
 
 def normalise(picture):
@@ -52,23 +52,15 @@ def normalise(picture):
         ink = np.abs(grey - grey[0, 0])
         return (ink / ink.max()).reshape(784)
 
-    # Look closer until the digit fills a good part of the view.
-    while True:
-        height, width = grey.shape
-        scale = max(1, max(height, width) / VIEW)
-        view = resize(grey, round(height / scale), round(width / scale))
-        ink, is_ink = find_ink(view)
-        top, bottom, left, right = bounding_box(is_ink)
-        size = max(bottom - top, right - left)
-        if scale == 1 or size > 0.45 * VIEW:
-            break
-        margin = 0.35 * size
-        grey = grey[int(max(0, top - margin) * scale):int((bottom + margin) * scale) + 1,
-                    int(max(0, left - margin) * scale):int((right + margin) * scale) + 1]
+    grey = closer(grey)
+    height, width = grey.shape
+    scale = max(1, max(height, width) / VIEW)
+    ink, is_ink = find_ink(resize(grey, round(height / scale), round(width / scale)))
 
     # Scale it to fit into 20x20, and place its centre of mass in the middle of 28x28.
+    top, bottom, left, right = bounding_box(is_ink)
     digit = ink[top:bottom, left:right]
-    height, width = (max(1, round(length * 20 / size)) for length in digit.shape)
+    height, width = (max(1, round(length * 20 / max(digit.shape))) for length in digit.shape)
     digit = resize(digit, height, width)
     digit /= digit.max()
     y = (digit.sum(1) @ np.arange(height) + 0.5 * digit.sum()) / digit.sum()
@@ -77,6 +69,65 @@ def normalise(picture):
     image = np.zeros([28, 28], np.float32)
     image[top:top + height, left:left + width] = digit
     return image.reshape(784)
+
+
+def closer(grey):
+    """Cuts a large picture down to the digit and the paper around it: float32 in and out."""
+    while max(grey.shape) > VIEW:
+        # On average over large blocks thin strokes would fade away: take the darkest part of each.
+        side = math.ceil(max(grey.shape) / (4 * VIEW))
+        view = blocks(dark_on_light(blocks(grey, side, np.mean)), 4, np.min)
+        side *= 4
+        ink = paper_around(view, VIEW // 8 | 1) - view
+        is_ink = ink > 0.5 * ink.max()
+        if not is_ink.any():
+            return grey
+
+        # The piece with the most ink, and those that are near: a 5's bar may stand apart.
+        numbers = pieces(is_ink)
+        largest = np.bincount(numbers.ravel(), (ink * is_ink).ravel()).argmax()
+        top, bottom, left, right = bounding_box(numbers == largest)
+        size = max(bottom - top, right - left)
+        rows, columns = margin(top, bottom, size), margin(left, right, size)
+        near = np.zeros_like(is_ink)
+        near[rows, columns] = is_ink[rows, columns]
+        top, bottom, left, right = bounding_box(near)
+        size = max(bottom - top, right - left)
+        if size > 0.45 * max(view.shape):
+            return grey
+        wide = 0.35 * size + 1
+        grey = grey[margin(top * side, bottom * side, wide * side),
+                    margin(left * side, right * side, wide * side)]
+    return grey
+
+
+def margin(start, end, size):
+    """The slice from start to end, longer by so much on both sides."""
+    return slice(max(0, int(start - size)), int(end + size))
+
+
+def blocks(grey, side, function):
+    """One value for each block of side x side pixels, by np.mean or np.min."""
+    height, width = grey.shape
+    grey = np.pad(grey, [(0, -height % side), (0, -width % side)], mode='edge')
+    return function(grey.reshape(len(grey) // side, side, -1, side), axis=(1, 3))
+
+
+def dark_on_light(view):
+    """Inverts the grey values, 0 to 255, if the ink is lighter than the paper."""
+    # There is less ink than paper, so ink differs most from what is around it. Light that changes
+    # slowly, or at the edge of a shadow, differs as much to one side as to the other.
+    away = max(1, max(view.shape) // 8)
+    wide = np.pad(view, away, mode='edge')
+    around = (wide[2 * away:, away:-away] + wide[:-2 * away, away:-away]
+              + wide[away:-away, 2 * away:] + wide[away:-away, :-2 * away]) / 4
+    differs = view - around
+    return 255 - view if ((differs - np.median(differs)) ** 3).sum() > 0 else view
+
+
+def paper_around(view, window):
+    """The paper without its ink: all that is dark and narrower than a window is filled up."""
+    return slide(slide(view, window, np.maximum), window, np.minimum)
 
 
 def find_ink(view):
@@ -92,14 +143,7 @@ def find_ink(view):
     Raises:
         ValueError: nothing stands out as a digit does.
     """
-    # Light changes slowly across the picture: a curved surface follows it. What differs from it
-    # most is ink, since there is less ink than paper. Make it dark on light.
-    height, width = view.shape
-    y, x = np.mgrid[-1:1:height * 1j, -1:1:width * 1j]
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
-    light = terms @ np.linalg.lstsq(terms, view.ravel(), rcond=None)[0]
-    if ((view.ravel() - light) ** 3).sum() > 0:
-        view = 255 - view
+    view = dark_on_light(view)
 
     # The paper without its ink: fill up all that is narrower than a window. A large window is wider
     # than the broadest stroke, a small one follows the edge of a shadow: take the one whose ink
@@ -107,8 +151,7 @@ def find_ink(view):
     best, found = 0, None
     for part in (2, 3, 5, 8):
         window = max(view.shape) // part | 1
-        paper = slide(slide(view, window, np.maximum), window, np.minimum)
-        ink = paper - view
+        ink = paper_around(view, window) - view
         if ink.max() - ink.min() < 1:
             continue
         is_ink = ink > otsu_threshold(ink)
@@ -152,17 +195,22 @@ def otsu_threshold(values):
 
 def without_specks(is_ink):
     """Drops pieces with less than a twentieth of the largest one's pixels: bool in, bool out."""
+    numbers = pieces(is_ink)
+    sizes = np.bincount(numbers.ravel())
+    sizes[0] = 0  # paper
+    return (sizes >= 0.05 * sizes.max())[numbers] & is_ink
+
+
+def pieces(is_ink):
+    """Numbers the connected pieces: bool [height, width] to int, 0 for paper."""
     # Each pixel takes the largest number among its neighbours' until each piece has one number. A
     # number is also a pixel's place, counted from 1: what that one has taken is taken at once.
-    pieces = np.where(is_ink, 1 + np.arange(is_ink.size).reshape(is_ink.shape), 0)
+    numbers = np.where(is_ink, 1 + np.arange(is_ink.size).reshape(is_ink.shape), 0)
     while True:
-        spread = np.where(is_ink, slide(pieces, 3, np.maximum), 0)
-        if (spread == pieces).all():
-            break
-        pieces = np.append(0, spread)[spread]
-    sizes = np.bincount(pieces.ravel())
-    sizes[0] = 0  # paper
-    return (sizes >= 0.05 * sizes.max())[pieces] & is_ink
+        spread = np.where(is_ink, slide(numbers, 3, np.maximum), 0)
+        if (spread == numbers).all():
+            return numbers
+        numbers = np.append(0, spread)[spread]
 
 
 def bounding_box(is_ink):
@@ -174,9 +222,13 @@ def bounding_box(is_ink):
 def slide(view, window, function):
     """np.maximum or np.minimum over a square window at each pixel: same shape; window: odd."""
     for _ in range(2):  # down the columns and, once transposed, along the rows
-        padded = np.pad(view, [(window // 2, window // 2), (0, 0)], mode='edge')
-        rows = len(view)
-        view = functools.reduce(function, (padded[i:i + rows] for i in range(window))).T
+        view = np.pad(view, [(window // 2, window // 2), (0, 0)], mode='edge')
+        reach = 1
+        while reach < window:  # each round can double the rows that a pixel has seen
+            step = min(reach, window - reach)
+            view = function(view[:-step], view[step:])
+            reach += step
+        view = view.T
     return view
 
 
