@@ -255,6 +255,13 @@ def test_what_shows_no_digit_is_refused(picture, message):
         mnist_predict.normalise(picture)
 
 
+@pytest.mark.parametrize('shape', [(1, 2), (1, 5000), (5000, 1), (3, 50000), (2, 3)])
+def test_narrow_pictures_are_refused(shape):
+    for pixels in (np.random.RandomState(0).randint(0, 256, shape), 200 * (np.eye(*shape) < 1)):
+        with pytest.raises(ValueError, match='no digit'):
+            mnist_predict.normalise(pixels.astype(np.uint8))
+
+
 @pytest.mark.parametrize('side', [28, 100, 400])
 def test_pure_noise_and_empty_paper_are_refused(side):
     random = np.random.RandomState(0)
