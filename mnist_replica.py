@@ -17,6 +17,7 @@ network of your own, with these ports closed to others.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -185,34 +186,55 @@ class PatientSessionCreator(tf.train.SessionCreator):
             print('a parameter server was lost; training goes on from the last checkpoint as soon '
                   'as it is back', file=sys.stderr)
         self.created = True
-        for address in self.cluster.job_tasks('ps'):
-            wait_for_server(address)
-        if self.is_chief:
-            return self.chief.create_session()
-        self.scaffold.finalize()
-        manager = tf.train.SessionManager(
-            local_init_op=self.scaffold.local_init_op, ready_op=self.scaffold.ready_op,
-            ready_for_local_init_op=self.scaffold.ready_for_local_init_op, recovery_wait_secs=1)
-        while True:
-            try:
-                return manager.wait_for_session(max_wait_secs=30, **self.session)
-            except tf.errors.DeadlineExceededError:
-                print('waiting for the chief, worker 0 at '
-                      f'{self.cluster.task_address("worker", 0)}', file=sys.stderr)
+        servers = self.cluster.job_tasks('ps')
+        awaited = f'an answer of the parameter server at {" and ".join(servers)}'
+        if not self.is_chief:
+            awaited += f', or the chief, worker 0 at {self.cluster.task_address("worker", 0)}'
+        press = signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to be saved yet
+        try:
+            for address in servers:
+                wait_for_server(address)
+            with telling_what_is_awaited(lambda: awaited):
+                if self.is_chief:
+                    return self.chief.create_session()
+                self.scaffold.finalize()
+                return tf.train.SessionManager(
+                    local_init_op=self.scaffold.local_init_op, ready_op=self.scaffold.ready_op,
+                    ready_for_local_init_op=self.scaffold.ready_for_local_init_op,
+                    recovery_wait_secs=1).wait_for_session(**self.session)
+        finally:
+            signal.signal(signal.SIGINT, press)
 
 
 def wait_for_server(address):
-    """Returns as soon as something listens at host:port; says every 30 seconds what is awaited."""
+    """Returns as soon as something listens at host:port."""
     host, port = address.rsplit(':', 1)
-    began = time.monotonic()
-    while True:
-        try:
-            return socket.create_connection((host, int(port)), timeout=5).close()
-        except OSError as error:
-            if time.monotonic() > began + 30:
-                began += 30
-                print(f'waiting for the parameter server at {address} ({error})', file=sys.stderr)
+    reason = None
+    with telling_what_is_awaited(lambda: f'the parameter server at {address} ({reason})'):
+        while True:
+            try:
+                return socket.create_connection((host, int(port)), timeout=5).close()
+            except OSError as error:
+                reason = error
             time.sleep(0.5)
+
+
+PATIENCE = 30  # seconds from one line to the next of a task that waits
+
+
+@contextlib.contextmanager
+def telling_what_is_awaited(what):
+    """Says on standard error, again and again, what is awaited, until the block is done."""
+    done = threading.Event()
+
+    def tell():
+        while not done.wait(PATIENCE):
+            print(f'waiting for {what()}', file=sys.stderr, flush=True)
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def reach_only(job, index, bfloat16=False):

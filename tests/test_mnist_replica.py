@@ -1,5 +1,6 @@
 """Part four of the tutorial: many workers, and what happens when one of them dies."""
 
+import contextlib
 import json
 import os
 import re
@@ -304,24 +305,42 @@ def test_a_folder_of_something_else_is_refused_and_left(cluster, tmp_path):
     assert os.listdir(tmp_path / 'model') == ['letter.txt']
 
 
-def test_a_server_that_does_not_answer_is_named_every_30_seconds(monkeypatch, capsys):
-    clock = iter(range(0, 10**6, 7))
-    monkeypatch.setattr(mnist_replica.time, 'monotonic', lambda: next(clock))
-    with socket.create_server(('127.0.0.1', 0)) as bound:
-        address = f'127.0.0.1:{bound.getsockname()[1]}'
-    tries = []
+@pytest.mark.parametrize('listens', [False, True])
+def test_a_server_that_does_not_answer_is_named_again_and_again(listens, cluster, tmp_path):
+    tasks = cluster(2, 10)
+    address, = tasks.addresses['ps']
+    host, port = address.split(':')
+    chief_at = tasks.addresses['worker'][0]
+    expected = [fr'waiting for the parameter server at {address} \(.*refused\)\n'] * 2
+    if listens:  # something else, or a machine that hangs
+        answer = f'waiting for an answer of the parameter server at {address}'
+        expected = [f'{answer}\n', f'{answer}, or the chief, worker 0 at {chief_at}\n']
+    with socket.create_server((host, int(port))) if listens else contextlib.nullcontext():
+        for index in (0, 1):
+            config = {'cluster': tasks.addresses, 'task': {'type': 'worker', 'index': index}}
+            process = start('-c', 'import mnist_replica\n'
+                            'assert mnist_replica.PATIENCE == 30\n'
+                            'mnist_replica.PATIENCE = 1\n'
+                            'mnist_replica.main()', *tasks.flags,
+                            env={**ENVIRONMENT, 'TF_CONFIG': json.dumps(config)})
+            tasks.processes.append(process)
+            for _ in range(2):
+                assert re.fullmatch(expected[index], process.stderr.readline())
+            process.send_signal(signal.SIGINT)  # and Ctrl-C ends the waiting at once
+            assert process.wait(60) == -signal.SIGINT
 
-    def sleep(seconds):
-        tries.append(seconds)
-        if len(tries) == 20:  # after 140 seconds of this clock it is there
-            tries.append(socket.create_server(('127.0.0.1', int(address.rsplit(':', 1)[1]))))
-    monkeypatch.setattr(mnist_replica.time, 'sleep', sleep)
-    mnist_replica.wait_for_server(address)
-    tries[-1].close()
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4
-    for line in lines:
-        assert line.startswith(f'waiting for the parameter server at {address} (')
+
+def test_a_worker_without_its_chief_says_so_and_waits(cluster):
+    tasks = cluster(2, 30)
+    server = tasks.start('ps')
+    config = {'cluster': tasks.addresses, 'task': {'type': 'worker', 'index': 1}}
+    worker = start('-c', 'import mnist_replica\nmnist_replica.PATIENCE = 1\nmnist_replica.main()',
+                   *tasks.flags, env={**ENVIRONMENT, 'TF_CONFIG': json.dumps(config)})
+    tasks.processes.append(worker)
+    until(lambda: f'worker 0 at {tasks.addresses["worker"][0]}' in worker.stderr.readline(), worker)
+    chief = tasks.start('worker', 0)
+    assert 'test accuracy' in chief.communicate(timeout=120)[0]
+    assert worker.wait(60) == server.wait(60) == 0
 
 
 def test_help_tells_the_danger_and_every_flag(capsys):
