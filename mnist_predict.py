@@ -164,8 +164,8 @@ def find_ink(view):
         raise ValueError('no digit: it has one brightness all over, no ink or nothing but ink')
     ink, is_ink, contrast, separation = found
 
-    # A digit stands out from the paper's own unrest, and its strokes are coherent. The bounds are
-    # between what was measured on 970 digits and on 340 pictures of light, shadow and noise.
+    # A digit stands out from the paper's own unrest, and its strokes are coherent. The bounds lie
+    # between what digits have and what pictures of nothing but light, shadow and noise have.
     unrest = 1.5 * np.median(np.abs(ink[~is_ink] - np.median(ink[~is_ink])))
     edges = (is_ink[1:] != is_ink[:-1]).sum() + (is_ink[:, 1:] != is_ink[:, :-1]).sum()
     by_chance = 4 * is_ink.sum() * (1 - is_ink.mean())  # if each pixel were drawn on its own

@@ -109,23 +109,10 @@ def work(parser, flags, cluster, server, index):
             steps_done = global_step.read_value()  # there, after this step, not before
     i_am_done = [done_queue(cluster, ps).enqueue(index) for ps in range(cluster.num_tasks('ps'))]
 
-    # The checkpoints have the names that mnist_deep.py gives.
-    variables = {('adam_optimizer/' if v.op.name.startswith('beta') else '') + v.op.name: v
-                 for v in tf.global_variables()}
-    scaffold = tf.train.Scaffold(saver=tf.train.Saver(
-        variables, max_to_keep=2, save_relative_paths=True))
-    resumes = False
-    if is_chief and flags.model_dir:
-        try:
-            resumes = mnist_deep.find_checkpoint(flags.model_dir, variables) is not None
-        except (OSError, ValueError) as error:
-            parser.error(f'--model_dir {flags.model_dir}: {error}')
-        hooks.append(tf.train.CheckpointSaverHook(
-            flags.model_dir, save_steps=flags.save_checkpoints_steps, scaffold=scaffold,
-            checkpoint_basename=mnist_deep.CHECKPOINT, save_graph_def=False))
+    scaffold, savers, resumes = checkpoints(parser, flags, is_chief)
     interrupt = Interrupt()
     creator = PatientSessionCreator(cluster, server, index, flags, scaffold)
-    with tf.train.MonitoredSession(creator, hooks, stop_grace_period_secs=1) as sess:
+    with tf.train.MonitoredSession(creator, hooks + savers, stop_grace_period_secs=1) as sess:
         step = sess.run(global_step)
         if resumes:
             print(f'going on from step {step} of {flags.max_steps}', file=sys.stderr)
@@ -162,7 +149,32 @@ def work(parser, flags, cluster, server, index):
                 pass  # that server knew, and ended before its answer came
 
 
-# The tutorial ends here. The rest is for the cluster: sessions, TF_CONFIG, processes and flags.
+# The tutorial ends here. The rest is for the cluster: checkpoints, sessions, TF_CONFIG, processes
+# and flags.
+
+
+def checkpoints(parser, flags, is_chief):
+    """What restores and saves the network; to be called when the graph is complete.
+
+    Returns:
+        scaffold: tf.train.Scaffold, whose saver gives the checkpoints the names of mnist_deep.py.
+        hooks: list, the hook that saves; empty for those who don't.
+        resumes: whether there is a checkpoint to go on from.
+    """
+    variables = {('adam_optimizer/' if v.op.name.startswith('beta') else '') + v.op.name: v
+                 for v in tf.global_variables()}
+    scaffold = tf.train.Scaffold(saver=tf.train.Saver(
+        variables, max_to_keep=2, save_relative_paths=True))
+    if not is_chief or not flags.model_dir:
+        return scaffold, [], False
+    try:
+        resumes = mnist_deep.find_checkpoint(flags.model_dir, variables) is not None
+    except (OSError, ValueError) as error:
+        parser.error(f'--model_dir {flags.model_dir}: {error}')
+    hook = tf.train.CheckpointSaverHook(
+        flags.model_dir, save_steps=flags.save_checkpoints_steps, scaffold=scaffold,
+        checkpoint_basename=mnist_deep.CHECKPOINT, save_graph_def=False)
+    return scaffold, [hook], resumes
 
 
 class PatientSessionCreator(tf.train.SessionCreator):

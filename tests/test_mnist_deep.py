@@ -190,7 +190,7 @@ def test_ctrl_c_saves_and_the_next_run_does_the_remaining_steps(tmp_path, few_di
 
 def test_kill_9_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path, few_digits):
     folder = tmp_path / 'model'
-    flags = ['--max_steps=150', '--seed=1', '--batch_size=5', '--data_dir', few_digits,
+    flags = ['--max_steps=200', '--seed=1', '--batch_size=5', '--data_dir', few_digits,
              '--model_dir', folder]
     process = start('mnist_deep.py', *flags, '--save_checkpoints_steps=30')
     for step in (0, 100):
@@ -198,11 +198,11 @@ def test_kill_9_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path, few_
     process.kill()
     process.communicate()
     result = python('mnist_deep.py', *flags)
-    resumed = int(re.fullmatch(r'going on from step (\d+) of 150\n', result.stderr)[1])
-    assert resumed % 30 == 0 and 90 <= resumed < 150
+    resumed = int(re.fullmatch(r'going on from step (\d+) of 200\n', result.stderr)[1])
+    assert resumed % 30 == 0 and 90 <= resumed < 200
     assert [line.split(',')[0] for line in result.stdout.splitlines()[:-1]] == (
         ['step 100'] if resumed == 90 else [])
-    assert tf.train.latest_checkpoint(folder) == str(folder / 'mnist_deep.ckpt-150')
+    assert tf.train.latest_checkpoint(folder) == str(folder / 'mnist_deep.ckpt-200')
 
 
 def test_kill_9_at_any_moment_leaves_a_folder_that_resumes(tmp_path, few_digits):
