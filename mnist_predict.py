@@ -145,9 +145,8 @@ def find_ink(view):
     """
     view = dark_on_light(view)
 
-    # The paper without its ink: fill up all that is narrower than a window. A large window is wider
-    # than the broadest stroke, a small one follows the edge of a shadow: take the one whose ink
-    # stands out best.
+    # A large window is wider than the broadest stroke, a small one follows the edge of a shadow:
+    # take the one whose ink stands out best.
     best, found = 0, None
     for part in (2, 3, 5, 8):
         window = max(view.shape) // part | 1

@@ -202,7 +202,7 @@ class PatientSessionCreator(tf.train.SessionCreator):
         awaited = f'an answer of the parameter server at {" and ".join(servers)}'
         if not self.is_chief:
             awaited += f', or the chief, worker 0 at {self.cluster.task_address("worker", 0)}'
-        press = signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to be saved yet
+        press = signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save now
         try:
             for address in servers:
                 wait_for_server(address)
