@@ -19,6 +19,7 @@ import sys
 import numpy as np
 
 import mnist_deep
+import model_dir
 
 tf = mnist_deep.tf
 
@@ -282,16 +283,20 @@ def main(argv=None):
     Returns:
         The exit code: 0, or 1 if a picture could not be read.
     """
-    parser, flags = parse_flags(argv)
+    flags = parse_flags(argv)
+    with tf.Graph().as_default():
+        return read(flags)
 
-    # The network, with the trained weights
+
+def read(flags):
+    """Reads the pictures in the default graph; returns the exit code."""
     x = tf.placeholder(tf.float32, shape=[None, 784])
     y_conv, keep_prob = mnist_deep.deepnn(x)
     probabilities = tf.nn.softmax(y_conv)
     decoder = Decoder()
 
     with tf.Session() as sess:
-        restore(parser, flags.model_dir)
+        model_dir.restore_newest(flags.model_dir)
         failed = False
         for first in range(0, len(flags.pictures), 100):
             images, names = [], []
@@ -477,21 +482,8 @@ def upright(picture, body):
     return picture
 
 
-def restore(parser, model_dir):
-    """Restores the network's weights from a folder's newest checkpoint into the default session."""
-    checkpoint = tf.train.latest_checkpoint(model_dir)
-    if checkpoint is None:
-        parser.error(f'--model_dir {model_dir}: no checkpoint of a trained network there; train '
-                     f'one with: python mnist_deep.py --model_dir {model_dir}')
-    try:
-        tf.train.Saver().restore(tf.get_default_session(), checkpoint)
-    except (tf.errors.OpError, ValueError):
-        parser.error(f'--model_dir {model_dir}: its checkpoint is damaged or of another model; '
-                     'train one with: python mnist_deep.py --model_dir NEW_FOLDER')
-
-
 def parse_flags(argv):
-    """Returns the parser, for its one-line errors, and the flags."""
+    """The flags; OSError: the folder of --show cannot be made."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__)
@@ -508,9 +500,9 @@ def parse_flags(argv):
         try:
             os.makedirs(flags.show, exist_ok=True)
         except OSError as error:
-            parser.error(f'--show {flags.show}: {error.strerror}')
-    return parser, flags
+            raise OSError(f'--show {flags.show}: {error.strerror}') from error
+    return flags
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(mnist_deep.run(main))

@@ -27,7 +27,9 @@ import sys
 import threading
 import time
 
+import input_data
 import mnist_deep
+import model_dir
 
 tf = mnist_deep.tf
 
@@ -36,26 +38,30 @@ def main(argv=None):
     """Runs one task of the cluster, or with --workers all of them as processes on this machine.
 
     `argv` are the command line's flags, sys.argv's if None.
+
+    OSError, ValueError: the data or the folder cannot be used; a flag or TF_CONFIG is wrong.
     """
-    parser, flags = parse_flags(argv)
+    flags = parse_flags(argv)
     if os.environ.get(LOCAL):
         end_with_parent()
     elif flags.workers:
-        mnist_deep.read_data(parser, flags)  # what is wrong with it is said once
+        input_data.read_data_sets(flags.data_dir, seed=flags.seed)  # what is wrong is said once
         return run_local_cluster(flags.workers, sys.argv[1:] if argv is None else argv)
     elif not flags.model_dir:
-        parser.error('--model_dir: a cluster needs a folder for its checkpoints, to go on from '
-                     'when a machine fails')
-    cluster, job, index = read_tf_config(parser)
+        raise ValueError('--model_dir: a cluster needs a folder for its checkpoints, to go on from '
+                         'when a machine fails')
+    cluster, job, index = read_tf_config()
     try:
         server = tf.train.Server(cluster, job_name=job, task_index=index,
                                  config=mnist_deep.session_config(flags.bfloat16))
     except tf.errors.OpError:
-        parser.error(f'{cluster.task_address(job, index)}, the address of {job} {index} in '
-                     'TF_CONFIG, cannot be used: is it taken, or that of another machine?')
-    if job == 'ps':
-        return serve(cluster, server, index)
-    return work(parser, flags, cluster, server, index)
+        raise OSError(f'{cluster.task_address(job, index)}, the address of {job} {index} in '
+                      'TF_CONFIG, cannot be used: is it taken, or that of another machine?'
+                      ) from None
+    with tf.Graph().as_default():
+        if job == 'ps':
+            return serve(cluster, server, index)
+        return work(flags, cluster, server, index)
 
 
 def serve(cluster, server, index):
@@ -75,13 +81,13 @@ def serve(cluster, server, index):
         os._exit(0)  # at once: the session may still be waiting for a worker that is gone
 
 
-def work(parser, flags, cluster, server, index):
+def work(flags, cluster, server, index):
     """A worker: trains its copy of the graph. Worker 0, the chief, also saves and evaluates."""
     is_chief = index == 0
     if flags.seed is not None:
         flags.seed += index  # an order of minibatches, and a dropout, of its own
-    mnist_deep.set_seed(flags.seed)
-    mnist = mnist_deep.read_data(parser, flags)
+    tf.set_random_seed(flags.seed)
+    mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=flags.seed)
 
     # The variables are placed on the parameter servers, all else on this worker.
     with tf.device(tf.train.replica_device_setter(
@@ -109,7 +115,7 @@ def work(parser, flags, cluster, server, index):
             steps_done = global_step.read_value()  # there, after this step, not before
     i_am_done = [done_queue(cluster, ps).enqueue(index) for ps in range(cluster.num_tasks('ps'))]
 
-    scaffold, savers, resumes = checkpoints(parser, flags, is_chief)
+    scaffold, savers, resumes = checkpoints(flags, is_chief)
     interrupt = Interrupt()
     creator = PatientSessionCreator(cluster, server, index, flags, scaffold)
     with tf.train.MonitoredSession(creator, hooks + savers, stop_grace_period_secs=1) as sess:
@@ -153,7 +159,7 @@ def work(parser, flags, cluster, server, index):
 # and flags.
 
 
-def checkpoints(parser, flags, is_chief):
+def checkpoints(flags, is_chief):
     """What restores and saves the network; to be called when the graph is complete.
 
     Returns:
@@ -167,13 +173,11 @@ def checkpoints(parser, flags, is_chief):
         variables, max_to_keep=2, save_relative_paths=True))
     if not is_chief or not flags.model_dir:
         return scaffold, [], False
-    try:
-        resumes = mnist_deep.find_checkpoint(flags.model_dir, variables) is not None
-    except (OSError, ValueError) as error:
-        parser.error(f'--model_dir {flags.model_dir}: {error}')
+    model_dir.claim(flags.model_dir)
+    resumes = model_dir.find_checkpoint(flags.model_dir, variables) is not None
     hook = tf.train.CheckpointSaverHook(
         flags.model_dir, save_steps=flags.save_checkpoints_steps, scaffold=scaffold,
-        checkpoint_basename=mnist_deep.CHECKPOINT, save_graph_def=False)
+        checkpoint_basename=model_dir.CHECKPOINT, save_graph_def=False)
     return scaffold, [hook], resumes
 
 
@@ -284,8 +288,8 @@ class Interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def read_tf_config(parser):
-    """This task, from TF_CONFIG; ends the program with one line if that is missing or wrong.
+def read_tf_config():
+    """This task, from TF_CONFIG; ValueError: that is missing or wrong.
 
     The format is that of TensorFlow's distributed training,
     https://www.tensorflow.org/guide/distributed_training#TF_CONFIG; the job "chief" is worker 0.
@@ -297,8 +301,8 @@ def read_tf_config(parser):
     """
     text = os.environ.get('TF_CONFIG')
     if not text:
-        parser.error('TF_CONFIG is not set: set it to a task of a cluster, as in --help, or give '
-                     '--workers 2 for a cluster on this machine')
+        raise ValueError('TF_CONFIG is not set: set it to a task of a cluster, as in --help, or '
+                         'give --workers 2 for a cluster on this machine')
     try:
         config = json.loads(text)
         jobs, job, index = config['cluster'], config['task']['type'], config['task']['index']
@@ -314,14 +318,15 @@ def read_tf_config(parser):
         if config['task']['type'] not in jobs:
             job = None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        parser.error(f'TF_CONFIG is {text!r}, expected JSON as in --help, with a cluster of '
-                     f'"host:port" addresses and a task ({type(error).__name__}: {error})')
+        raise ValueError(f'TF_CONFIG is {text!r}, expected JSON as in --help, with a cluster of '
+                         f'"host:port" addresses and a task ({type(error).__name__}: {error})'
+                         ) from None
     if not addresses['ps'] or not workers:
-        parser.error(f'TF_CONFIG has the jobs {sorted(jobs)}, expected "ps" and "worker", each '
-                     'with one address or more')
+        raise ValueError(f'TF_CONFIG has the jobs {sorted(jobs)}, expected "ps" and "worker", each '
+                         'with one address or more')
     if job not in addresses or not 0 <= config['task']['index'] < len(addresses[job]) > index:
-        parser.error(f'TF_CONFIG has the task {config["task"]}, expected one of '
-                     f'{ {name: len(tasks) for name, tasks in jobs.items()} }, counted from 0')
+        raise ValueError(f'TF_CONFIG has the task {config["task"]}, expected one of '
+                         f'{ {name: len(tasks) for name, tasks in jobs.items()} }, counted from 0')
     return tf.train.ClusterSpec(addresses), job, index
 
 
@@ -378,22 +383,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def parse_flags(argv):
-    """Returns the parser, for its one-line errors, and the flags."""
+    """The flags; ValueError: one is out of range."""
     parser = mnist_deep.flag_parser(__doc__)
     parser.formatter_class = HelpFormatter
     parser.add_argument('--workers', type=int, metavar='N',
                         help='run a whole cluster on this machine: one ps, N workers')
     parser.add_argument('--sync_replicas', action='store_true',
                         help="average all workers' gradients for each step")
-    flags = mnist_deep.checked_flags(parser, argv)
+    flags = mnist_deep.checked(parser.parse_args(argv))
     if flags.workers is not None and flags.workers < 1:
-        parser.error(f'argument --workers: {flags.workers} is not a number above 0')
-    return parser, flags
+        raise ValueError(f'argument --workers: {flags.workers} is not a number above 0')
+    return flags
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or 'stopped', file=sys.stderr)
-        sys.exit(130)
+    sys.exit(mnist_deep.run(main))

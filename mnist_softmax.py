@@ -5,33 +5,26 @@ accuracy on the test digits: about 0.92.
 """
 
 import argparse
-import math
+import contextlib
 import os
-import signal
 import sys
-import time
 
 import input_data
 
-# TensorFlow writes to file descriptor 2 while it loads, at any log level: keep that off the screen.
-screen = os.dup(2)
-if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3') != '0':
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-try:
-    import tensorflow.compat.v1 as tf
-finally:
-    os.dup2(screen, 2)
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # errors, but no notices
 os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')  # a GPU's memory as it is needed
-tf.logging.set_verbosity(tf.logging.ERROR)
+import tensorflow.compat.v1 as tf
+
+tf.logging.set_verbosity(tf.logging.ERROR)  # no notices of deprecation: we mean TensorFlow 1.x
 tf.disable_v2_behavior()
 
 
-def main(argv=None):
-    """Trains and evaluates the model; `argv` are the command line's flags, sys.argv's if None."""
-    parser, flags = parse_flags(argv)
+def train(flags):
+    """Builds, trains and tests the model in the default graph: the tutorial's listing."""
+    tf.set_random_seed(flags.seed)
 
     # Import data
-    mnist = read_data(parser, flags)
+    mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=flags.seed)
 
     # Create the model
     x = tf.placeholder(tf.float32, shape=[None, 784])
@@ -48,87 +41,56 @@ def main(argv=None):
         tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y))
     train_step = tf.train.GradientDescentOptimizer(flags.learning_rate).minimize(cross_entropy)
 
-    sess = tf.InteractiveSession()
-    sess.run(tf.global_variables_initializer())
+    with contextlib.closing(tf.InteractiveSession()) as sess:
+        sess.run(tf.global_variables_initializer())
 
-    # Train
-    for _ in progress(range(flags.max_steps)):
-        batch = mnist.train.next_batch(flags.batch_size)
-        train_step.run(feed_dict={x: batch[0], y_: batch[1]})
+        # Train
+        for _ in range(flags.max_steps):
+            batch = mnist.train.next_batch(flags.batch_size)
+            train_step.run(feed_dict={x: batch[0], y_: batch[1]})
 
-    # Test the trained model
-    correct_prediction = tf.equal(tf.argmax(y, 1), tf.argmax(y_, 1))
-    accuracy = tf.reduce_mean(tf.cast(correct_prediction, tf.float32))
-    print('test accuracy %g' % accuracy.eval(
-        feed_dict={x: mnist.test.images, y_: mnist.test.labels}))
-    sess.close()
-
-
-# The tutorial ends here. The rest is for the command line: the progress line, Ctrl-C and the flags.
+        # Test the trained model
+        correct_prediction = tf.equal(tf.argmax(y, 1), tf.argmax(y_, 1))
+        accuracy = tf.reduce_mean(tf.cast(correct_prediction, tf.float32))
+        print('test accuracy %g' % accuracy.eval(
+            feed_dict={x: mnist.test.images, y_: mnist.test.labels}))
 
 
-def progress(steps, name='step'):
-    """Yields the steps; on a terminal, standard error shows their speed and the time left.
+# The tutorial ends here. The rest is for the command line.
 
-    Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; it says at which step. It waits until the step is
-            done: in the middle of a session's run it can crash TensorFlow.
+
+def main(argv=None):
+    """Runs the tutorial with a list of flags, the command line's if None.
+
+    OSError, ValueError: the data cannot be had or does not fit; a flag is out of range.
     """
-    pressed, usual = [], signal.getsignal(signal.SIGINT)
-    if usual != signal.SIG_IGN:  # a background job ignores Ctrl-C, and should go on doing so
-        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    began = shown = time.monotonic()
-    try:
-        for done, step in enumerate(steps, 1):
-            yield step
-            if pressed:
-                raise KeyboardInterrupt(f'stopped at {name} {step + 1}')
-            now = time.monotonic()
-            if now > shown + 0.5 and sys.stderr.isatty():
-                shown, speed = now, done / (now - began)
-                left = round((len(steps) - done) / speed)
-                line = f'{speed:.0f} steps/s, {left // 60}:{left % 60:02d} left'
-                print(f'\r{line:30}\r', end='', file=sys.stderr, flush=True)
-    finally:
-        if shown > began:
-            print(f'\r{"":30}\r', end='', file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, usual)
+    flags = parse_flags(argv)
+    with tf.Graph().as_default():  # a graph of its own: a notebook may call this again
+        train(flags)
 
 
 def parse_flags(argv):
-    """Returns the parser, for its one-line errors, and the flags."""
+    """The flags; their defaults are the tutorial's. ValueError: one is out of range."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = os.path.dirname(os.path.realpath(__file__))
     parser.add_argument('--data_dir', default=os.path.join(here, 'MNIST_data'),
                         help='folder of the MNIST files; those missing are downloaded')
     parser.add_argument('--max_steps', type=int, default=1000, help='number of training steps')
     parser.add_argument('--batch_size', type=int, default=100, help='number of examples in a step')
-    parser.add_argument('--learning_rate', type=float, default=0.5, help='size of a descent step')
+    parser.add_argument('--learning_rate', type=float, default=0.5, help='of gradient descent')
     parser.add_argument('--seed', type=int, help='whole number: the same one gives the same run')
     flags = parser.parse_args(argv)
     for name in ('max_steps', 'batch_size', 'learning_rate'):
-        if not 0 < getattr(flags, name) < math.inf:
-            parser.error(f'argument --{name}: {getattr(flags, name)} is not a number above 0')
-    return parser, flags
-
-
-def read_data(parser, flags):
-    """MNIST from `input_data.read_data_sets`; what is wrong with it is said as argparse does."""
-    try:
-        mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=flags.seed)
-        pixels = mnist.validation.next_batch(1)[0].size
-        if pixels != 784:
-            raise ValueError(f'images of {pixels} pixels, expected 28x28')
-    except (OSError, ValueError) as error:
-        parser.error(f'--data_dir {flags.data_dir}, or --seed: {error}')
-    return mnist
+        if not 0 < getattr(flags, name) < float('inf'):
+            raise ValueError(f'argument --{name}: {getattr(flags, name)} is not a number above 0')
+    return flags
 
 
 if __name__ == '__main__':
     try:
         main()
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or 'stopped', file=sys.stderr)
-        sys.exit(130)
+    except (OSError, ValueError) as error:
+        print(f'mnist_softmax.py: error: {error}', file=sys.stderr)
+        sys.exit(2)

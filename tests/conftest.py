@@ -6,6 +6,7 @@ import gzip
 import http.server
 import os
 import pathlib
+import re
 import signal
 import struct
 import subprocess
@@ -101,13 +102,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Nothing on the tests' screen."""
 
 
-@pytest.fixture(autouse=True)
-def seedless():
-    """A seeded run in the tests' process leaves no TF_DETERMINISTIC_OPS to unseeded ones."""
-    yield
-    os.environ.pop('TF_DETERMINISTIC_OPS', None)
-
-
 @pytest.fixture
 def server():
     """A server of the real files on loopback."""
@@ -155,10 +149,32 @@ def trained(tmp_path_factory):
     return folder, printed.read_text()
 
 
+TENSORFLOWS_OWN = re.compile(
+    r'[IWEF]\d{4} \d\d:\d\d:\d\d.*\n'  # such as "I0000 00:00:1795646576.76 5306 port.cc:153] ..."
+    r'|WARNING: All log messages before absl::InitializeLog\(\) is called .*\n'
+    r'|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IWEF] \S+\.cc:\d+\] .*\n')
+
+
+def own_lines(errors):
+    """What a process wrote on standard error, without what TensorFlow says by itself."""
+    return re.sub(f'^({TENSORFLOWS_OWN.pattern})', '', errors, flags=re.MULTILINE)
+
+
+def own_line(process):
+    """The next line of a process's standard error that is not TensorFlow's own."""
+    line = process.stderr.readline()
+    while line and not own_lines(line):
+        line = process.stderr.readline()
+    return line
+
+
 def python(*arguments, **options):
-    """Runs a Python process to its end; its result."""
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
-                          timeout=300, check=False, **{'cwd': ROOT, 'env': ENVIRONMENT, **options})
+    """Runs a Python process to its end; its result, standard error as `own_lines` has it."""
+    result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
+                            timeout=300, check=False,
+                            **{'cwd': ROOT, 'env': ENVIRONMENT, **options})
+    result.stderr = own_lines(result.stderr)
+    return result
 
 
 def start(*arguments, **options):

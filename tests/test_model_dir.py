@@ -1,0 +1,522 @@
+"""What --model_dir adds to mnist_deep.py: stopping and going on, checkpoints, TensorBoard."""
+
+import os
+import pathlib
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import DATA, ENVIRONMENT, ROOT, own_line, own_lines, python, start
+
+import input_data
+import mnist_deep
+import model_dir
+
+tf = mnist_deep.tf
+
+
+@pytest.fixture(autouse=True)
+def graph():
+    """A fresh graph for each test."""
+    with tf.Graph().as_default() as fresh:
+        yield fresh
+
+
+@pytest.fixture
+def train(few_digits, tmp_path, capsys):
+    """Trains in the folder "model" in this process, on few digits; what it printed, and errors."""
+    def train(*flags):
+        mnist_deep.main(['--batch_size=5', f'--data_dir={few_digits}',
+                         f'--model_dir={tmp_path / "model"}', *flags])
+        return capsys.readouterr()
+    return train
+
+
+def signals_at(steps, monkeypatch):
+    """Sends this process a signal while it draws the minibatch of a step: dict, step -> signal."""
+    next_batch, drawn = input_data.DataSet.next_batch, []
+
+    def signalling(self, batch_size, *args, **kwargs):
+        if batch_size == 5:
+            if len(drawn) in steps:
+                signal.raise_signal(steps[len(drawn)])
+            drawn.append(True)
+        return next_batch(self, batch_size, *args, **kwargs)
+    monkeypatch.setattr(input_data.DataSet, 'next_batch', signalling)
+
+
+def files(folder):
+    """The contents of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def events(folder):
+    """All events of a folder's event files, read by TensorFlow, in order."""
+    return [event for path in sorted(folder.glob('events.*'))
+            for event in tf.train.summary_iterator(str(path))]
+
+
+def values(folder):
+    """(step, tag, value) of all summaries in a folder."""
+    return [(event.step, value.tag, value) for event in events(folder)
+            for value in event.summary.value]
+
+
+# Checkpoints
+
+def test_keeps_the_last_checkpoints_and_the_final_one(trained):
+    folder, _ = trained
+    assert sorted(name for name in files(folder) if name.endswith('.index')) == [
+        'mnist_deep.ckpt-300.index', 'mnist_deep.ckpt-400.index']
+    assert tf.train.latest_checkpoint(folder) == str(folder / 'mnist_deep.ckpt-400')
+
+
+def test_a_checkpoint_restores_by_the_tutorials_recipe(trained):
+    folder, output = trained
+    x = tf.placeholder(tf.float32, shape=[None, 784])
+    y_conv, keep_prob = mnist_deep.deepnn(x)
+    test = input_data.read_data_sets(DATA).test
+    with tf.Session() as sess:
+        tf.train.Saver().restore(sess, tf.train.latest_checkpoint(folder))
+        right = sum((y_conv.eval({x: images, keep_prob: 1.0}).argmax(1) == labels).sum()
+                    for images, labels in mnist_deep.in_batches(test))
+    assert output.endswith('test accuracy %g\n' % (right / 10000))
+
+
+def test_a_model_folder_changes_nothing_about_the_training(tmp_path, few_digits, capsys):
+    printed = []
+    for flags in ([], [f'--model_dir={tmp_path}', '--save_checkpoints_steps=2']):
+        mnist_deep.main(['--max_steps=20', '--seed=1', f'--data_dir={few_digits}', *flags])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != ''
+
+
+def test_a_finished_model_is_only_evaluated_wherever_it_was_moved(trained, tmp_path, capsys):
+    trained_in, output = trained
+    folder = shutil.copytree(trained_in, tmp_path / 'elsewhere')
+    before = files(folder)
+    mnist_deep.main(['--max_steps=400', f'--model_dir={folder}'])
+    assert capsys.readouterr() == (output.splitlines()[-1] + '\n',
+                                   'trained for 400 steps already\n')
+    assert files(folder) == before
+
+
+def test_ctrl_c_saves_and_the_next_run_does_the_remaining_steps(tmp_path, few_digits):
+    folder = tmp_path / 'model'
+    flags = ['--data_dir', few_digits, '--model_dir', folder]
+    process = start('mnist_deep.py', '--max_steps=100000', *flags)
+    assert process.stdout.readline().startswith('step 0,')  # at once, though into a pipe
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = int(re.fullmatch(fr'stopped at step (\d+), kept in {folder}\n',
+                            own_lines(errors))[1])
+    assert tf.train.latest_checkpoint(folder) == str(folder / f'mnist_deep.ckpt-{step}')
+    result = python('mnist_deep.py', '--max_steps', step + 5, *flags)
+    assert result.stderr == f'going on from step {step} of {step + 5}\n'
+    assert tf.train.latest_checkpoint(folder) == str(folder / f'mnist_deep.ckpt-{step + 5}')
+
+
+def test_kill_9_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path, few_digits):
+    folder = tmp_path / 'model'
+    flags = ['--max_steps=200', '--seed=1', '--batch_size=5', '--data_dir', few_digits,
+             '--model_dir', folder]
+    process = start('mnist_deep.py', *flags, '--save_checkpoints_steps=30')
+    for step in (0, 100):
+        assert process.stdout.readline().startswith(f'step {step},')
+    process.kill()
+    process.communicate()
+    result = python('mnist_deep.py', *flags)
+    resumed = int(re.fullmatch(r'going on from step (\d+) of 200\n', result.stderr)[1])
+    assert resumed % 30 == 0 and 90 <= resumed < 200
+    assert [line.split(',')[0] for line in result.stdout.splitlines()[:-1]] == (
+        ['step 100'] if resumed == 90 else [])
+    assert tf.train.latest_checkpoint(folder) == str(folder / 'mnist_deep.ckpt-200')
+
+
+def test_kill_9_at_any_moment_leaves_a_folder_that_resumes(tmp_path, few_digits):
+    folder, reached = tmp_path / 'model', 0
+    for number in range(3):
+        process = start('mnist_deep.py', '--max_steps=100000', '--data_dir', few_digits,
+                        '--model_dir', folder, '--save_checkpoints_steps=1')
+        if number:
+            line = own_line(process)
+            resumed = int(re.fullmatch(r'going on from step (\d+) of 100000\n', line)[1])
+            assert resumed >= reached > 0
+        while not list(folder.glob(f'*-{reached + 3}.index')):  # a few steps on
+            assert process.poll() is None
+            time.sleep(0.005)
+        time.sleep(random.random() / 5)
+        process.kill()
+        process.communicate()
+        reached += 3
+    assert len(list(folder.glob('*.index'))) <= 3
+    assert len(list(folder.glob('*tempstate*'))) <= 2
+
+
+def test_resumed_with_a_seed_it_takes_up_the_order_of_the_minibatches(tmp_path, few_digits,
+                                                                       monkeypatch):
+    drawn = []
+    next_batch = input_data.DataSet.next_batch
+
+    def recorded(self, batch_size, *args, **kwargs):
+        batch = next_batch(self, batch_size, *args, **kwargs)
+        if self.num_examples == 1000:  # the training set
+            drawn.append(batch[1].argmax(1).tolist())
+        return batch
+    monkeypatch.setattr(input_data.DataSet, 'next_batch', recorded)
+
+    for steps in (3, 7):
+        mnist_deep.main([f'--max_steps={steps}', '--seed=1', f'--data_dir={few_digits}',
+                         f'--model_dir={tmp_path}'])
+    expected = input_data.read_data_sets(few_digits, one_hot=True, seed=1).train
+    batches = [next_batch(expected, 50)[1].argmax(1).tolist() for _ in range(7)]
+    assert drawn == batches[:3] + batches  # three steps; then three passed over, and four steps
+
+
+@pytest.mark.parametrize('precision, every, last', [
+    ([], 7, 110), (['--bfloat16'], 1, 40)])
+def test_a_killed_run_resumed_is_the_run_that_was_never_killed(precision, every, last, tmp_path,
+                                                               few_digits):
+    flags = [*precision, '--seed=1', '--max_steps', last, '--save_checkpoints_steps', every,
+             '--batch_size=5', '--data_dir', few_digits, '--model_dir']
+    whole = python('mnist_deep.py', *flags, tmp_path / 'whole')
+
+    killed_at = random.randint(1, last // every) * every
+    process = start('mnist_deep.py', *flags, tmp_path / 'killed')
+    while not (tmp_path / 'killed' / f'mnist_deep.ckpt-{killed_at}.index').exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(random.random() * every / 50)
+    process.kill()
+    printed = process.communicate()[0].splitlines()
+    resumed = python('mnist_deep.py', *flags, tmp_path / 'killed')
+
+    assert whole.returncode == resumed.returncode == 0
+    lines = whole.stdout.splitlines()
+    assert printed == lines[:len(printed)]
+    again = resumed.stdout.splitlines()
+    assert again == lines[-len(again):] and len(printed) + len(again) >= len(lines)
+    expected, found = (tf.train.load_checkpoint(str(tmp_path / name)) for name in
+                       ('whole', 'killed'))
+    names = expected.get_variable_to_shape_map()
+    assert len(names) == 8 * 3 + 3  # Adam has two slots for each variable, and two powers
+    for name in names:
+        assert expected.get_tensor(name).tobytes() == found.get_tensor(name).tobytes(), name
+
+
+def test_a_run_stopped_twice_and_extended_is_the_one_of_one_go(tmp_path, few_digits, capsys):
+    printed = []
+    for folder, ends in (('whole', [103]), ('parts', [3, 101, 103])):
+        for end in ends:
+            mnist_deep.main([f'--max_steps={end}', '--seed=2', '--batch_size=5',
+                             f'--data_dir={few_digits}', f'--model_dir={tmp_path / folder}'])
+        printed.append([line for line in capsys.readouterr().out.splitlines()
+                        if line.startswith('step')])
+    assert printed[0] == printed[1]
+    expected, found = (tf.train.load_checkpoint(str(tmp_path / name)) for name in
+                       ('whole', 'parts'))
+    for name in expected.get_variable_to_shape_map():
+        assert expected.get_tensor(name).tobytes() == found.get_tensor(name).tobytes(), name
+
+
+def test_a_folder_with_another_model_is_refused_and_left(tmp_path, few_digits, capsys):
+    weights = tf.Variable(tf.zeros([784, 10]))
+    with tf.Session() as sess:
+        sess.run(weights.initializer)
+        tf.train.Saver().save(sess, str(tmp_path / 'mnist_deep.ckpt'), global_step=5)
+    before = files(tmp_path)
+    with pytest.raises(ValueError) as refused:
+        mnist_deep.main([f'--data_dir={few_digits}', f'--model_dir={tmp_path}'])
+    assert str(refused.value) == (f'--model_dir {tmp_path}: its checkpoint is of another model; '
+                                  'name a new folder')
+    assert capsys.readouterr() == ('', '')
+    assert files(tmp_path) == {**before, '.lock': b''}
+
+
+@pytest.mark.parametrize('name, content', [
+    ('saved_model.pb', b'\x08\x01'), ('model.ckpt-5.index', b''),
+    ('checkpoint', b'no text of a protocol buffer'),
+    ('checkpoint', b'model_checkpoint_path: "gone-5"')])
+def test_a_folder_with_something_else_is_refused_and_left(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f'it holds {name}, and no checkpoint of this network; '
+                       'name a new folder'):
+        mnist_deep.main(['--model_dir', str(tmp_path)])
+    assert files(tmp_path) == {name: content}
+
+
+def test_a_volumes_own_folder_and_dot_files_are_no_content(train, tmp_path):
+    folder = tmp_path / 'model'
+    (folder / 'lost+found').mkdir(parents=True)
+    (folder / '.DS_Store').write_bytes(b'Bud1')
+    assert 'test accuracy' in train('--max_steps=1').out
+    assert train('--max_steps=1').err == 'trained for 1 steps already\n'
+
+
+def test_a_model_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises(OSError, match='--model_dir .*/file: File exists'):
+        mnist_deep.main(['--model_dir', str(tmp_path / 'file')])
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(ValueError, match="--model_dir '': the name is empty; name a folder"):
+        mnist_deep.main(['--model_dir', ''])
+
+
+@pytest.mark.parametrize('name, beside', [('[ab]', 'a'), ('m?x', 'mzx'), ('m*', 'model'),
+                                          ('par[1]/model', 'par1/model'), (r'a\b', 'ab')])
+def test_a_name_that_tensorflow_takes_for_a_pattern_is_refused_and_the_others_left(
+        name, beside, tmp_path, trained):
+    shutil.copytree(trained[0], tmp_path / beside)
+    before = files(tmp_path / beside)
+    with pytest.raises(ValueError, match='TensorFlow takes .* for a pattern .*; name a folder'):
+        mnist_deep.main(['--model_dir', str(tmp_path / name)])
+    assert files(tmp_path / beside) == before
+    assert not (tmp_path / name).exists()
+
+
+def test_below_a_folder_of_such_a_name_a_relative_path_does(train, tmp_path, few_digits,
+                                                            monkeypatch, capsys):
+    (tmp_path / 'par[1]').mkdir()
+    monkeypatch.chdir(tmp_path / 'par[1]')
+    for end in (1, 2):
+        mnist_deep.main([f'--max_steps={end}', f'--data_dir={few_digits}', '--model_dir=model'])
+    assert capsys.readouterr().err == 'going on from step 1 of 2\n'
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_one_line(few_digits, tmp_path):
+    result = python('mnist_deep.py', '--data_dir', few_digits, '--model_dir',
+                    os.fsdecode(os.fsencode(tmp_path) + b'/m\xff'))
+    line, = result.stderr.splitlines()
+    assert result.returncode == 2
+    assert line.startswith('mnist_deep.py: error: --model_dir ') and 'UTF-8' in line
+
+
+def test_a_tilde_is_the_home_folder(few_digits, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    mnist_deep.main(['--max_steps=1', '--data_dir', str(few_digits), '--model_dir=~/model'])
+    assert (tmp_path / 'model' / 'mnist_deep.ckpt-1.index').exists()
+
+
+def test_a_second_training_in_the_folder_is_refused_and_one_after_a_kill_is_not(tmp_path, train,
+                                                                                few_digits):
+    process = start('mnist_deep.py', '--max_steps=100000', '--data_dir', few_digits,
+                    '--model_dir', tmp_path / 'model', '--save_checkpoints_steps=1')
+    assert process.stdout.readline().startswith('step 0,')
+    while not list((tmp_path / 'model').glob('*.index')):
+        time.sleep(0.01)
+    with pytest.raises(OSError, match='/model: another training uses it; wait for its end, or'):
+        train('--max_steps=1')
+    process.kill()
+    process.communicate()
+    assert 'test accuracy' in train('--max_steps=1').out
+
+
+def test_more_steps_than_asked_for_are_said_and_evaluated(train):
+    accuracy = train('--max_steps=20', '--seed=1').out.splitlines()[-1]
+    assert train('--max_steps=10') == (f'{accuracy}\n', 'trained for 20 steps already\n')
+
+
+@pytest.mark.parametrize('damage', ['cut off', 'changed', 'index cut off', 'index empty', 'absent'])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, train, tmp_path):
+    train('--max_steps=4', '--save_checkpoints_steps=2', '--seed=1')
+    newest = tmp_path / 'model' / 'mnist_deep.ckpt-4'
+    file = pathlib.Path(f'{newest}.index' if 'index' in damage else f'{newest}.data-00000-of-00001')
+    content = file.read_bytes()
+    half = len(content) // 2
+    if damage == 'absent':
+        file.unlink()
+    else:
+        file.write_bytes({'changed': content[:half] + bytes(9999) + content[half + 9999:],
+                          'index empty': b''}.get(damage, content[:half]))
+    before = files(tmp_path / 'model')
+    first, second = train('--max_steps=4', '--seed=1').err.splitlines()
+    assert re.fullmatch(fr'{newest} is damaged \(.+\)', first)
+    assert second == 'going on from step 2 of 4'
+    assert before.items() - files(tmp_path / 'model').items() <= {
+        (path.name, before[path.name]) for path in [file, tmp_path / 'checkpoint']
+        if path.name in before}
+    assert train('--max_steps=4').err == 'trained for 4 steps already\n'
+
+
+def test_if_no_checkpoint_is_whole_nothing_is_done(train, tmp_path):
+    train('--max_steps=4', '--save_checkpoints_steps=2')
+    for index in (tmp_path / 'model').glob('*.index'):
+        index.write_bytes(b'')
+    before = files(tmp_path / 'model')
+    with pytest.raises(ValueError, match='none of its checkpoints is whole; name a new folder'):
+        train('--max_steps=5')
+    assert files(tmp_path / 'model') == before
+
+
+def test_a_lost_list_of_checkpoints_loses_none(train, tmp_path):
+    train('--max_steps=3')
+    (tmp_path / 'model' / 'checkpoint').unlink()
+    assert train('--max_steps=4').err == 'going on from step 3 of 4\n'
+
+
+def test_a_full_disk_costs_the_last_steps_alone(train, tmp_path, few_digits):
+    train('--max_steps=2')
+    # The kernel refuses to let a file grow beyond a megabyte.
+    result = subprocess.run(
+        [sys.executable, 'mnist_deep.py', '--max_steps=5', '--save_checkpoints_steps=1',
+         '--data_dir', few_digits, '--model_dir', tmp_path / 'model'],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, preexec_fn=lambda:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
+    assert result.returncode == 2
+    first, second = own_lines(result.stderr).splitlines()
+    assert first == 'going on from step 2 of 5'
+    assert second == (f'mnist_deep.py: error: --model_dir {tmp_path / "model"}: the checkpoint of '
+                      'step 3 cannot be saved (File too large); that of step 2 is kept')
+    assert list((tmp_path / 'model').glob('*tempstate*')) == []
+    assert train('--max_steps=3').err == 'going on from step 2 of 3\n'
+
+
+def test_a_loss_that_is_no_number_ends_the_training_and_is_not_kept(train, tmp_path):
+    with pytest.raises(ValueError, match='^at step 10 the loss is not a number: try a '
+                                         '--learning_rate smaller than 1e\\+30$'):
+        train('--max_steps=200', '--learning_rate=1e30', '--save_checkpoints_steps=10')
+    assert list((tmp_path / 'model').glob('*.index')) == []
+
+
+# Stopping
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_what_there_is_and_the_exit_code_says_which(number, code, train, tmp_path,
+                                                                   monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    signals_at({7: number}, monkeypatch)
+    assert mnist_deep.run(lambda: train('--max_steps=50')) == code
+    assert capsys.readouterr().err == f'stopped at step 8, kept in {tmp_path / "model"}\n'
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    monkeypatch.undo()
+    assert train('--max_steps=9').err == 'going on from step 8 of 9\n'
+
+
+def test_when_saving_fails_after_a_signal_the_error_is_told(train, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise tf.errors.ResourceExhaustedError(None, None, 'model/x; No space left on device')
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(tf.train.Saver, 'save', full)
+    signals_at({2: signal.SIGINT}, monkeypatch)
+    assert mnist_deep.run(lambda: train('--max_steps=50')) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.endswith('the checkpoint of step 3 cannot be saved (No space left on device); '
+                         'there is no earlier one')
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path, few_digits):
+    # The first one comes while a step is drawn that never ends.
+    script = ('import signal, time, input_data, mnist_deep\n'
+              'def endless(*args):\n'
+              '    signal.raise_signal(signal.SIGINT)\n'
+              '    print("held back", flush=True)\n'
+              '    time.sleep(1000)\n'
+              'input_data.DataSet.next_batch = endless\n'
+              f'mnist_deep.main(["--data_dir={few_digits}", "--model_dir={tmp_path / "model"}"])\n')
+    process = start('-c', script)
+    assert process.stdout.readline() == 'held back\n'
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize('command, last', [
+    ('| head -1', 'mnist_deep.py: error: [Errno 32] Broken pipe'),
+    ('> /dev/full', 'mnist_deep.py: error: [Errno 28] No space left on device')])
+def test_when_nobody_takes_its_output_it_saves_and_ends(command, last, tmp_path, few_digits, train):
+    result = subprocess.run(
+        f'{sys.executable} mnist_deep.py --max_steps 100000 --batch_size 5 --data_dir {few_digits} '
+        f'--model_dir {tmp_path / "model"} {command}', shell=True, cwd=ROOT, env=ENVIRONMENT,
+        capture_output=True, text=True, check=False)
+    assert own_lines(result.stderr) == f'{last}\n'
+    if 'head' in command:
+        assert train('--max_steps=100').err == 'trained for 100 steps already\n'
+
+
+def test_a_closed_standard_error_changes_nothing(tmp_path, few_digits):
+    printed = [subprocess.run(
+        f'{sys.executable} mnist_deep.py --max_steps 3 --seed 1 --data_dir {few_digits} '
+        f'--model_dir {tmp_path / folder} {closed}', shell=True, cwd=ROOT, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
+        for folder, closed in (('a', ''), ('b', '2>&-'))]
+    assert printed[0] == printed[1] and 'test accuracy' in printed[0]
+
+
+# TensorBoard
+
+def test_curves_have_a_point_every_100_steps(trained):
+    folder, output = trained
+    for tag in ('cross_entropy', 'training_accuracy', 'W_conv1', 'W_conv1_filters/image/0'):
+        steps = [step for step, name, _ in values(folder) if name == tag]
+        assert steps == [0, 100, 200, 300], tag
+    shown = [value.simple_value for _, tag, value in values(folder) if tag == 'training_accuracy']
+    printed = [float(number) for number in re.findall('training accuracy (.*)', output)]
+    assert shown == pytest.approx(printed)
+
+
+def test_the_first_layers_filters_are_a_picture_of_4_rows_of_8(trained):
+    folder, _ = trained
+    picture = [value.image for _, tag, value in values(folder) if 'filters' in tag][-1]
+    assert (picture.height, picture.width) == (4 * 6, 8 * 6)
+
+
+def test_every_mistake_is_an_image_that_says_what_it_was_taken_for(trained):
+    folder, output = trained
+    mistakes = [(tag, value.image) for _, tag, value in values(folder) if 'mistakes' in tag]
+    accuracy = float(re.search('test accuracy (.*)', output)[1])
+    assert len(mistakes) == round((1 - accuracy) * 10000)
+    test = input_data.read_data_sets(DATA, dtype='uint8', reshape=False).test
+    with tf.Session() as sess:
+        for tag, image in mistakes[:20]:
+            label, guess, number = map(int, re.fullmatch(
+                r'mistakes/(\d)_taken_for_(\d)/test_image_(\d+)', tag).groups())
+            assert label == test.labels[number] != guess
+            pixels = sess.run(tf.image.decode_png(image.encoded_image_string))
+            assert (pixels == test.images[number]).all()
+
+
+def test_mistakes_that_are_missing_are_written_by_a_run_that_only_evaluates(train, tmp_path,
+                                                                            monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(model_dir.ModelDir, 'write_mistakes', stopped)
+        train('--max_steps=2')
+    for _ in range(2):  # the second time, there is nothing to add
+        train('--max_steps=2')
+        before = files(tmp_path / 'model')
+        mistakes = [tag for _, tag, _ in values(tmp_path / 'model') if 'mistakes' in tag]
+        assert len(mistakes) > 100 and len(mistakes) == len(set(mistakes))
+    train('--max_steps=2')
+    assert files(tmp_path / 'model') == before
+
+
+def test_the_graph_shows_its_name_scopes(trained):
+    folder, _ = trained
+    definition = tf.GraphDef()
+    definition.ParseFromString(next(event.graph_def for event in events(folder)
+                                    if event.HasField('graph_def')))
+    scopes = {node.name.split('/')[0] for node in definition.node}
+    assert scopes >= {'reshape', 'conv1', 'pool1', 'conv2', 'pool2', 'fc1', 'dropout', 'fc2',
+                      'loss', 'adam_optimizer', 'accuracy'}
+
+
+def test_a_resumed_run_voids_what_was_written_of_later_steps(tmp_path, few_digits):
+    for steps in (5, 7):
+        mnist_deep.main([f'--max_steps={steps}', f'--data_dir={few_digits}',
+                         f'--model_dir={tmp_path}'])
+    starts = [event.step for event in events(tmp_path)
+              if event.session_log.status == tf.SessionLog.START]
+    assert starts == [0, 5]
+
+
