@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import zlib
@@ -29,7 +30,9 @@ import numpy as np
 
 DEFAULT_SOURCE_URL = 'https://storage.googleapis.com/cvdf-datasets/mnist/'
 _MIRRORS = (DEFAULT_SOURCE_URL, 'https://ossci-datasets.s3.amazonaws.com/mnist/')
-_OF_MNIST = (DEFAULT_SOURCE_URL, 'http://yann.lecun.com/exdb/mnist/')  # served by the mirrors
+_MNIST_URLS = (*_MIRRORS, 'http://yann.lecun.com/exdb/mnist/')  # the mirrors serve them all
+_MNIST_MOST = 48 << 20  # bytes: the largest of its files, unpacked, has 47,040,016
+_OTHER_MOST = 4 << 30  # bytes of another data set's file
 _TIMEOUT = 15  # seconds to connect, and without a byte, before a server counts as stalled
 _PAUSES = (0, 1, 3)  # seconds before each round through the mirrors
 _REFUSALS = (400, 401, 403, 404, 410)  # HTTP's status codes that a second try does not change
@@ -45,19 +48,27 @@ _FILES = {
 
 Datasets = collections.namedtuple('Datasets', ['train', 'validation', 'test'])
 
+_GRAPH_RANDOM = np.random.RandomState()  # of all data sets whose order follows TensorFlow's seed
+_TURNS = threading.Lock()  # a program's threads take turns, so that each example is drawn once
+
 
 def read_data_sets(train_dir, fake_data=False, one_hot=False, dtype=np.float32, reshape=True,
                    validation_size=5000, seed=None, source_url=DEFAULT_SOURCE_URL):
     """Loads the four files of a data set in MNIST's format; downloads those that are missing.
 
     Args:
-        train_dir: folder of the four files, gzipped or unpacked; made if it is not there.
+        train_dir: folder of the four files, gzipped or unpacked; made if it is not there. '~' is
+            the home folder, '' the working folder.
         fake_data: True for data sets of ones, without files, to test a program with.
         one_hot: True for labels as one-hot rows, False for the class numbers.
-        dtype: float32 for images in [0, 1], uint8 for 0..255; TensorFlow's, NumPy's or the name.
+        dtype: float32 (or float) for images in [0, 1], uint8 for 0..255; TensorFlow's, NumPy's or
+            the name.
         reshape: True for flat images [n, rows * columns], False for [n, rows, columns, 1].
         validation_size: how many training examples, from the first on, are kept for validation.
-        seed: of the minibatches' order, 0 to 2**32 - 1; None for another order in each run.
+        seed: of the minibatches' order, 0 to 2**32 - 1. None: TensorFlow's seed, if the program has
+            set one before (`tf.set_random_seed(777)`), and the three data sets then draw their
+            orders from one generator; else NumPy's global generator, which `np.random.seed(42)`
+            makes repeat itself, also after loading. NumPy's global generator is never reseeded.
         source_url: where missing files come from: a file's name is appended to it.
 
     Returns:
@@ -74,8 +85,8 @@ def read_data_sets(train_dir, fake_data=False, one_hot=False, dtype=np.float32, 
     fake = DataSet([], [], fake_data=True, **options)  # refuses a bad option before any work
     if fake_data:
         return Datasets(fake, fake, fake)
-    train_images, train_labels, test_images, test_labels = _load(
-        os.fspath(train_dir), source_url or DEFAULT_SOURCE_URL, one_hot)
+    train_images, train_labels, test_images, test_labels = _load_files(
+        _local_folder(train_dir), source_url or DEFAULT_SOURCE_URL, one_hot)
     _whole_number('validation_size', validation_size, 0, len(train_images))
     return Datasets(train=DataSet(train_images[split:], train_labels[split:], **options),
                     validation=DataSet(train_images[:split], train_labels[:split], **options),
@@ -98,96 +109,117 @@ class DataSet:
         dtype, reshape, seed: as for `read_data_sets`, and so are the errors.
 
     Attributes:
-        images, labels: all of them, in the given order; what is written there shows in batches.
+        images, labels: all of them, in the given order; what is written into them shows in batches.
+            float32 images are made when they are first asked for.
         num_examples: how many there are.
         epochs_completed: how often they were gone through; goes up with a new epoch's first batch.
     """
 
     def __init__(self, images, labels, fake_data=False, one_hot=False, dtype=np.float32,
                  reshape=True, seed=None):
+        if dtype is float or str(dtype) == 'float':  # 1.x's other names of float32
+            dtype = np.float32
         found = np.dtype(getattr(dtype, 'as_numpy_dtype', dtype))  # which TensorFlow's have
         if found not in (np.float32, np.uint8):
             raise TypeError(f'dtype is {dtype!r}, expected float32 or uint8')
-        if seed is not None:  # 1.x took seeds modulo 2**31 - 1
-            seed = _whole_number('seed', seed, 0, 2**32 - 1) % (2**31 - 1)
-        self._random = np.random.RandomState(seed)  # its own, with 1.x's orders
+        self._random = _generator(seed)
         self._fake_data, self._one_hot = fake_data, one_hot
         if fake_data:
             images, labels = np.ones((0, 1, 784, 1), np.uint8), np.zeros(0, np.uint8)
-        images, self.labels = np.asarray(images), np.asarray(labels)
+        images, self._labels = np.asarray(images), np.asarray(labels)
         if len(images) != len(labels) or reshape and images.shape[3:] != (1,):
-            raise ValueError(f'images {list(images.shape)} and labels {list(self.labels.shape)}, '
+            raise ValueError(f'images {list(images.shape)} and labels {list(self._labels.shape)}, '
                              'expected as many, and images [n, rows, columns, 1] to reshape')
         if reshape:
             images = images.reshape(len(images), images.shape[1] * images.shape[2])
 
-        # Bytes that nobody can change stay bytes, until `images` is asked for: a quarter of it all.
+        # Bytes that nobody can change stay bytes, until somebody looks: a quarter of it all.
         self._as_bytes = (found == np.float32 and images.dtype == np.uint8
                           and not images.flags.writeable)
-        self._images = images if self._as_bytes or found == np.uint8 else _scale(images)
-        self.num_examples = 10000 if fake_data else len(images)
-        self.epochs_completed = self._index_in_epoch = 0
+        self._pixels = images if self._as_bytes or found == np.uint8 else _scale(images)
         self._order = np.arange(len(images))
+        self._num_examples = 10000 if fake_data else len(images)
+        self._epochs_completed = 0
+        self._index_in_epoch = 0  # the next batch's first row in this epoch's order
+
+    images = property(lambda self: self._images)
+    labels = property(lambda self: self._labels)
+    num_examples = property(lambda self: self._num_examples)
+    epochs_completed = property(lambda self: self._epochs_completed)
+
+    # Public programs read and write the names with an underscore, as they could in 1.x.
 
     @property
-    def images(self):
-        """All images; float32 ones are made when they are first asked for."""
-        if self._as_bytes:
-            self._images, self._as_bytes = _scale(self._images), False
-        elif not self._images.flags.writeable:
-            self._images = self._images.copy()
-        return self._images
+    def _images(self):
+        with _TURNS:
+            if self._as_bytes:
+                self._pixels, self._as_bytes = _scale(self._pixels), False
+            elif not self._pixels.flags.writeable:
+                self._pixels = self._pixels.copy()
+            return self._pixels
+
+    @_images.setter
+    def _images(self, images):
+        with _TURNS:
+            self._pixels, self._as_bytes = np.asarray(images), False
+            if len(images) != len(self._order):
+                self._order = np.arange(len(images))
 
     def next_batch(self, batch_size, fake_data=False, shuffle=True):
         """The next examples of this epoch and, if it ends, of those that follow.
 
         Args:
-            batch_size: how many, from 1 on; TypeError, ValueError: another, or the set is empty.
+            batch_size: how many, from 0 on; TypeError, ValueError: another, or the set is empty.
             fake_data: True for ones and class 0 instead.
             shuffle: whether an epoch that begins with this batch gets a new order.
 
         Returns:
             images [batch_size, ...] and labels [batch_size, ...], copies.
         """
-        batch_size = _whole_number('batch_size', batch_size, 1)
+        batch_size = _whole_number('batch_size', batch_size, 0)
         if fake_data or self._fake_data:
             classes = np.zeros(batch_size, np.uint8)
             labels = dense_to_one_hot(classes, 10) if self._one_hot else classes
             return np.ones((batch_size, 784), np.float32), labels
-        if not self.num_examples:
+        if batch_size and min(self._num_examples, len(self._order)) < 1:
             raise ValueError('this data set has no examples to take a batch from')
 
         # The batch's rows: a slice of this epoch's order and, if that ends, of the next ones'.
-        slices = []
-        missing = batch_size
-        while missing:
-            if self._index_in_epoch == self.num_examples:
-                self.epochs_completed += 1
-                self._index_in_epoch = 0
-            if self._index_in_epoch == 0 and shuffle:
-                # As in TensorFlow 1.x, a new order is the old one shuffled, not a fresh one.
-                self._order = self._order[self._random.permutation(self.num_examples)]
-            start = self._index_in_epoch
-            rows = self._order[start:start + missing]
-            slices.append(rows)
-            self._index_in_epoch += len(rows)
-            missing -= len(rows)
-        if len(slices) > 1:
-            rows = np.concatenate(slices)
-        images = self._images.take(rows, axis=0)
-        if self._as_bytes:
-            images = _scale(images)
-        return images, self.labels.take(rows, axis=0)
+        with _TURNS:
+            if shuffle and self._index_in_epoch == self._epochs_completed == 0:
+                self._shuffle()
+            slices = [self._order[self._index_in_epoch:self._num_examples][:batch_size]]
+            self._index_in_epoch += len(slices[0])
+            missing = batch_size - len(slices[0])
+            while missing:
+                self._epochs_completed += 1
+                if shuffle:
+                    self._shuffle()
+                slices.append(self._order[:self._num_examples][:missing])
+                self._index_in_epoch = len(slices[-1])
+                missing -= len(slices[-1])
+            images, as_bytes = self._pixels, self._as_bytes
+        rows = np.concatenate(slices)
+        images = images.take(rows, axis=0)
+        return _scale(images) if as_bytes else images, self._labels.take(rows, axis=0)
+
+    def _shuffle(self):
+        """Gives the examples a new order: as in 1.x, the old one shuffled, not a fresh one."""
+        random = self._random or np.random  # the module has the global generator's functions
+        self._order = self._order[random.permutation(self._num_examples)]
 
 
 def extract_images(f):
-    """The images in a gzipped IDX file, uint8 [n, rows, columns, 1]; ValueError: it is damaged."""
-    return _read_idx(gzip.GzipFile(fileobj=f), 'images')[..., np.newaxis]
+    """The images in a gzipped IDX file, uint8 [n, rows, columns, 1]; ValueError: it is damaged.
+
+    `f` is a binary file object, from `open` or `gzip.open`.
+    """
+    return _read_idx(f, 'images')[..., np.newaxis]
 
 
 def extract_labels(f, one_hot=False, num_classes=10):
-    """The labels in a gzipped IDX file, uint8 [n] or one-hot rows; ValueError: it is damaged."""
-    labels = _read_idx(gzip.GzipFile(fileobj=f), 'labels')
+    """The labels in such a file object, uint8 [n] or one-hot rows; ValueError: it is damaged."""
+    labels = _read_idx(f, 'labels')
     return dense_to_one_hot(labels, num_classes) if one_hot else labels
 
 
@@ -205,11 +237,11 @@ def dense_to_one_hot(labels_dense, num_classes):
 def maybe_download(filename, work_directory, source_url):
     """The path of a file in a folder; downloads it, from its whole URL, unless it is there.
 
-    OSError: the folder cannot be used, or no source gave a good file.
+    ValueError: the folder is a URL. OSError: it cannot be used, or no source gave a good file.
     """
-    path = os.path.join(work_directory, filename)
+    path = os.path.join(_local_folder(work_directory), filename)
     if not os.path.exists(path):
-        _fetch(path, source_url, f'{path} is missing')
+        _replace_file(path, source_url, f'{path} is missing')
     return path
 
 
@@ -223,20 +255,43 @@ def _whole_number(name, value, least, most=math.inf):
     return int(value)
 
 
+def _generator(seed):
+    """What draws the orders, with 1.x's results; None: NumPy's global generator, as it is then."""
+    if seed is not None:  # 1.x took seeds modulo 2**31 - 1
+        return np.random.RandomState(_whole_number('seed', seed, 0, 2**32 - 1) % (2**31 - 1))
+    # Not tf.get_seed, which in 2.x changes the seeds of the program's later operations.
+    tf_seeds = sys.modules.get('tensorflow.python.framework.random_seed')
+    try:
+        if tf_seeds.context.executing_eagerly():
+            seed = tf_seeds.context.global_seed()
+        else:
+            seed = tf_seeds.ops.get_default_graph().seed
+    except AttributeError:  # TensorFlow is not imported, or not to its end
+        pass
+    if seed is None:
+        return None
+    _GRAPH_RANDOM.seed(seed % (2**31 - 1))
+    return _GRAPH_RANDOM
+
+
 def _scale(images):
     """float32 [0, 1] for bytes 0..255."""
     return np.multiply(images, np.float32(1 / 255), dtype=np.float32)
 
 
-# The way of the bytes: _load opens the four files, and _read_idx unpacks and checks each. If one is
-# missing or damaged, _fetch puts a new one in its place: _download tries the mirrors in turn, and
-# _get reads from one URL.
+def _local_folder(folder):
+    """The folder's path, for a file's name to be joined to it; ValueError: it is a URL."""
+    folder = os.path.expanduser(folder) or os.curdir
+    if '://' in folder[2:]:  # from the third character on, as C:// is a disk
+        raise ValueError(f'{folder} is a URL, expected a folder of this machine: copy the files '
+                         'into one, or name the URL as source_url')
+    return folder
 
 
-def _load(folder, source_url, one_hot):
+def _load_files(folder, source_url, one_hot):
     """The arrays in the four files, in _FILES's order; fetches what is missing or damaged."""
     arrays, missing, damaged = {}, {}, {}  # by name; the last two say what is wrong
-    paths = {name: _path(folder, name) for name in _FILES}
+    paths = {name: _existing_path(folder, name) for name in _FILES}
     for name, path in paths.items():
         try:
             with open(path, 'rb') as f:
@@ -250,13 +305,20 @@ def _load(folder, source_url, one_hot):
     if faults:
         _refuse_if_not_mnist(arrays, missing, damaged, source_url)
     for name, fault in faults.items():
-        arrays[name] = _fetch(os.path.join(folder, f'{name}.gz'), f'{source_url}{name}.gz', fault,
-                              paths[name] if name in damaged else None)
+        arrays[name] = _replace_file(os.path.join(folder, f'{name}.gz'), f'{source_url}{name}.gz',
+                                     fault, paths[name] if name in damaged else None)
 
     names = list(_FILES)
+    first = arrays[names[0]].shape
     for images, labels in (names[:2], names[2:]):
-        if len(arrays[images]) != len(arrays[labels]):
-            raise ValueError(f'{images} holds {len(arrays[images])} images, but {labels} '
+        shape = arrays[images].shape
+        if 0 in shape:
+            raise ValueError(f'{images} holds no images, {list(shape)}: put another one there')
+        if shape[1:] != first[1:]:
+            raise ValueError(f'{images} holds images {list(shape)}, but {names[0]} {list(first)}: '
+                             'they belong to different data sets')
+        if shape[0] != len(arrays[labels]):
+            raise ValueError(f'{images} holds {shape[0]} images, but {labels} '
                              f'{len(arrays[labels])} labels: they belong to different data sets')
         arrays[images] = arrays[images][..., np.newaxis]
         arrays[images].flags.writeable = False  # the data sets share it
@@ -268,17 +330,16 @@ def _load(folder, source_url, one_hot):
     return [arrays[name] for name in names]
 
 
-def _path(folder, name):
-    """Where the file is: gzipped or, if only that is there, unpacked."""
-    path = os.path.join(folder, name)
-    if os.path.exists(path) and not os.path.exists(f'{path}.gz'):
-        return path
-    return f'{path}.gz'
+def _existing_path(folder, name):
+    """Where the file is, gzipped or unpacked; if it is nowhere, where it will be: gzipped."""
+    dotted = name.replace('-idx', '.idx')  # its name inside the .gz, which 7-Zip gives it
+    paths = [os.path.join(folder, found) for found in (f'{name}.gz', name, f'{dotted}.gz', dotted)]
+    return next(filter(os.path.isfile, paths), paths[0])
 
 
 def _refuse_if_not_mnist(arrays, missing, damaged, source_url):
     """ValueError: what would be fetched does not belong to the files that are there."""
-    if source_url in _OF_MNIST:
+    if source_url in _MNIST_URLS:
         others = [name for name in arrays if _sha256(arrays[name]) != _FILES[name]]
         if not others:
             return
@@ -294,19 +355,10 @@ def _refuse_if_not_mnist(arrays, missing, damaged, source_url):
                      f'(now {source_url})')
 
 
-def _read_idx(f, kind):
+def _read_idx(f, kind, most=math.inf):
     """The array in an IDX file, of 'images' or 'labels', gzipped or not; ValueError: its fault."""
-    ndim = 3 if 'images' in kind else 1
-    magic = 2048 + ndim
-    header_size = 4 + 4 * ndim
     try:
-        is_gzip = f.peek(2)[:2] == b'\x1f\x8b'
-        stream = gzip.GzipFile(fileobj=f) if is_gzip else f
-        header = stream.read(header_size)
-        if len(header) < header_size or header[:4] != magic.to_bytes(4, 'big'):
-            raise ValueError(f'it begins with {header!r}, expected magic number {magic} and a '
-                             f'length for each of {ndim} dimensions')
-        shape = np.frombuffer(header, '>u4')[1:].tolist()
+        stream, shape = _read_header(f, kind, most)
         promised = math.prod(shape)
 
         # Piece by piece, so that a wrong header cannot ask for more memory than there are bytes.
@@ -324,45 +376,83 @@ def _read_idx(f, kind):
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
+def _read_header(f, kind, most):
+    """The stream behind an IDX file's header, and the shape in it; ValueError: its fault."""
+    ndim = 3 if 'images' in kind else 1
+    magic = 2048 + ndim
+    header_size = 4 + 4 * ndim
+    is_gzip = not hasattr(f, 'peek') or f.peek(2)[:2] == b'\x1f\x8b'  # `gzip.open` has unpacked it
+    stream = gzip.GzipFile(fileobj=f) if is_gzip else f
+    header = stream.read(header_size)
+    if len(header) < header_size or header[:4] != magic.to_bytes(4, 'big'):
+        raise ValueError(f'it begins with {header!r}, expected magic number {magic} and a length '
+                         f'for each of {ndim} dimensions')
+    shape = np.frombuffer(header, '>u4')[1:].tolist()
+    if math.prod(shape) > most:
+        raise ValueError(f'its header promises {math.prod(shape):,} bytes, {shape}, where {most:,} '
+                         'are the most')
+    return stream, shape
+
+
 def _sha256(array):
     """SHA-256 of the IDX file that holds the array."""
     header = np.array([2048 + array.ndim, *array.shape], '>u4')
     return hashlib.sha256(header.tobytes() + array.tobytes()).hexdigest()
 
 
-def _fetch(path, url, fault, damaged=None):
+def _replace_file(path, url, fault, damaged=None):
     """Downloads a file to a path; returns its array, or None if it is not one of _FILES.
 
-    `fault` says why, for the messages. `damaged` is the path of a file to be replaced, which is
-    renamed and kept.
+    `fault` says why, for the messages. `damaged` is the path of a file to be replaced, a copy of
+    which is kept.
     """
     folder, packed = os.path.split(path)
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(error.errno, f'the data cannot be written here ({error.strerror}): name a '
-                      'folder that can be written', folder) from error
-    body, array = _download(url, packed, fault)
-    # Other processes may do the same. A file gets its name when it is whole, not before.
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        part = os.path.join(beside, packed)
-        with open(part, 'xb') as f:
-            f.write(body)
-        if damaged:
-            aside = f'{damaged}.damaged-{os.urandom(4).hex()}'
-            with contextlib.suppress(FileNotFoundError):  # another process has renamed it
-                os.rename(damaged, aside)
+        raise OSError(error.errno, f'{fault}, and the data cannot be written here '
+                      f'({error.strerror}): name a folder that can be written', folder) from error
+    body, array = _download_verified(url, packed, fault)
+
+    # Other processes may do the same, and any may be killed. So a damaged file is looked at again,
+    # and keeps its name until the good one takes it over in one step.
+    if damaged:
+        try:
+            with open(damaged, 'rb') as f:
+                content = f.read()
+            _read_idx(io.BufferedReader(io.BytesIO(content)), packed)
+            return array
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            aside = f'{damaged}.damaged-{hashlib.sha256(content).hexdigest()[:8]}'
+            _write_whole(aside, content)
             print(f'{fault}; set aside as {aside}, fetched anew', file=sys.stderr)
-        os.replace(part, path)
+    _write_whole(path, body)
+    if damaged not in (None, path):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(damaged)
     return array
 
 
-def _download(url, packed, fault):
+def _write_whole(path, content):
+    """Writes a file that gets its name in one step, when it is whole."""
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as beside:
+        part = os.path.join(beside, 'part')
+        with open(part, 'xb') as f:
+            f.write(content)
+        os.replace(part, path)
+
+
+def _download_verified(url, packed, fault):
     """A file's bytes and its array, from the URL or, if it is MNIST's, from the mirrors in turn."""
     name = packed.removesuffix('.gz')
-    is_mnist = name in _FILES and url.removesuffix(packed) in _OF_MNIST
-    urls = [mirror + packed for mirror in _MIRRORS] if is_mnist else [url]
+    is_mnist = name in _FILES and url.removesuffix(packed) in _MNIST_URLS
+    urls, most = [url], _OTHER_MOST
+    if is_mnist:  # the mirror that is asked for comes first
+        urls = sorted((mirror + packed for mirror in _MIRRORS), key=lambda mirror: mirror != url)
+        most = _MNIST_MOST
     reasons = {}  # by URL: why it failed
     for pause in _PAUSES:
         if not urls:
@@ -370,14 +460,14 @@ def _download(url, packed, fault):
         time.sleep(pause)
         for source in list(urls):
             try:
-                body = _get(source)
+                body = _read_url(source, name, most)
                 array = None
                 if name in _FILES:
-                    array = _read_idx(io.BufferedReader(io.BytesIO(body)), name)
+                    array = _read_idx(io.BufferedReader(io.BytesIO(body)), name, most)
                 if is_mnist and _sha256(array) != _FILES[name]:
                     raise ValueError("another file than MNIST's (by its SHA-256)")
                 return body, array
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (OSError, EOFError, zlib.error, http.client.HTTPException, ValueError) as error:
                 reasons[source] = str(error) or repr(error)
                 if getattr(error, 'code', None) in _REFUSALS:
                     urls.remove(source)
@@ -385,8 +475,8 @@ def _download(url, packed, fault):
     raise OSError(f'{fault}, and could not be fetched from {tried}; put the file there by hand')
 
 
-def _get(url):
-    """All bytes at a URL; on a terminal, standard error shows how many there are so far."""
+def _read_url(url, name, most):
+    """The bytes at a URL, as many as its header and `most` allow; a terminal shows how many."""
     body = bytearray()
     on_terminal = sys.stderr.isatty()
     try:
@@ -397,6 +487,11 @@ def _get(url):
                 if not piece:
                     break
                 body += piece
+                if len(body) == 1 << 16 and name in _FILES:  # the first piece, and more to come
+                    _, shape = _read_header(io.BufferedReader(io.BytesIO(body)), name, most)
+                    most = min(most, len(body) + 2 * math.prod(shape))  # generous for gzip
+                if len(body) > most:
+                    raise ValueError(f'it sends more than {most:,} bytes')
                 if on_terminal:
                     done = f'{len(body) / size:4.0%}' if size else f'{len(body):,} bytes'
                     print(f'\r{url} {done}', end='', file=sys.stderr, flush=True)

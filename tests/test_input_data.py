@@ -1,20 +1,26 @@
 """The loader: TensorFlow 1.x's contract, minibatches, damaged files, downloads."""
 
+import copy
 import gzip
 import hashlib
 import inspect
 import io
 import os
 import pathlib
+import pickle
 import shutil
 import signal
+import subprocess
 import sys
+import threading
+import time
 import tracemalloc
+import types
 
 import numpy as np
 import pexpect
 import pytest
-from conftest import DATA, NAMES, ROOT, python, start, write_data_set, write_idx
+from conftest import DATA, NAMES, ROOT, idx, python, start, write_data_set, write_idx
 
 import input_data
 
@@ -104,7 +110,8 @@ def test_labels_are_class_numbers_unless_one_hot():
 def test_takes_tensorflows_and_numpys_dtypes_and_their_names(name, tmp_path):
     import tensorflow as tf
     write_data_set(tmp_path)
-    for dtype in (name, getattr(np, name), np.dtype(name), getattr(tf, name)):
+    others = ['float', float] if name == 'float32' else []
+    for dtype in (name, getattr(np, name), np.dtype(name), getattr(tf, name), *others):
         part = input_data.read_data_sets(tmp_path, dtype=dtype, validation_size=5).train
         assert part.images.dtype == part.next_batch(3)[0].dtype == name
 
@@ -193,6 +200,29 @@ def test_extracts_images_and_labels_from_gzip_files():
         input_data.extract_images(f)
 
 
+def test_extracts_from_a_file_object_of_any_kind(mnist, tmp_path):
+    import tensorflow as tf
+
+    def raw(path):
+        return open(path, 'rb', buffering=0)
+
+    def buffered_gzip(path):
+        return io.BufferedReader(gzip.open(path))
+
+    def in_memory(path):
+        return io.BytesIO(path.read_bytes())
+
+    def tensorflows(path):
+        return tf.io.gfile.GFile(str(path), 'rb')
+
+    for opened in (gzip.open, buffered_gzip, raw, in_memory, tensorflows):
+        with opened(DATA / TEST_IMAGES) as f:
+            assert input_data.extract_images(f).shape == (10000, 28, 28, 1)
+        with opened(DATA / TEST_LABELS) as f:
+            assert np.array_equal(input_data.extract_labels(f, one_hot=True), mnist.test.labels)
+            f.read()  # still open, as in 1.x
+
+
 def test_dense_to_one_hot_has_a_1_at_the_class():
     assert input_data.dense_to_one_hot(np.array([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
     assert input_data.dense_to_one_hot(np.array([], np.uint8), 3).shape == (0, 3)
@@ -218,6 +248,29 @@ def test_a_gzipped_file_comes_before_an_unpacked_one(tmp_path):
     write_data_set(tmp_path)
     write_data_set(tmp_path, train=99, suffix='')
     assert input_data.read_data_sets(tmp_path, validation_size=0).train.num_examples == 60
+
+
+@pytest.mark.parametrize('suffix', ['', '.gz'])
+def test_the_names_that_7_zip_gives_to_unpacked_files_are_found(suffix, tmp_path):
+    write_data_set(tmp_path, suffix=suffix)
+    for path in list(tmp_path.iterdir()):
+        path.rename(tmp_path / path.name.replace('-idx', '.idx'))
+        (tmp_path / path.name.removesuffix('.gz')).mkdir()  # as in the copy on Kaggle
+    assert input_data.read_data_sets(tmp_path, validation_size=7).train.num_examples == 53
+
+
+def test_the_home_folder_and_the_working_folder_have_short_names(tmp_path, monkeypatch):
+    write_data_set(tmp_path / 'digits')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path / 'digits')
+    for folder in ('~/digits', pathlib.Path('~/digits'), ''):
+        assert input_data.read_data_sets(folder, validation_size=7).train.num_examples == 53
+        path = input_data.maybe_download(TEST_LABELS, folder, 'http://127.0.0.1:9/')
+        assert os.path.samefile(path, tmp_path / 'digits' / TEST_LABELS)
+    monkeypatch.setattr(input_data, 'read_data_sets', lambda folder, read=input_data.read_data_sets:
+                        read(folder, validation_size=7))
+    assert input_data.load_mnist('~/digits').train.num_examples == 53
+    assert not (tmp_path / 'digits' / '~').exists()
 
 
 def test_an_unpacked_file_under_the_gzipped_name_is_read_too(copies):
@@ -287,7 +340,145 @@ def test_shuffle_false_keeps_the_order_where_tensorflow_1_15_did():
             == '37b77a7443628f00f1b6c78f5e3dd6e2e305220c8e48705915f5cb3c4c838ad1')
 
 
-def test_numpys_global_random_state_is_neither_used_nor_touched():
+class Of1x:
+    """TensorFlow 1.15's data set, written down plainly, with a generator for the global one."""
+
+    def __init__(self, numbers, random):
+        self.numbers, self.random = numbers, random
+        self._num_examples = len(numbers)
+        self._epochs_completed = self._index_in_epoch = 0
+
+    def shuffle(self):
+        order = np.arange(self._num_examples)
+        self.random.shuffle(order)
+        self.numbers = self.numbers[order]
+
+    def next_batch(self, size, shuffle=True):
+        start = self._index_in_epoch
+        if start == 0 and self._epochs_completed == 0 and shuffle:
+            self.shuffle()
+        if start + size <= self._num_examples:
+            self._index_in_epoch = start + size
+            return self.numbers[start:start + size].tolist()
+        self._epochs_completed += 1
+        rest = self.numbers[start:self._num_examples].tolist()
+        if shuffle:
+            self.shuffle()
+        self._index_in_epoch = size - len(rest)
+        return rest + self.numbers[:self._index_in_epoch].tolist()
+
+
+# Batches from the three parts of a data set by turns, across the ends of epochs.
+TURNS = [(part, size, shuffle) for _ in range(3) for part, size, shuffle in [
+    (0, 50, True), (2, 7, True), (0, 50, True), (1, 5, False), (1, 7, True), (0, 0, True),
+    (2, 20, True), (2, 11, False), (0, 99, True), (1, 9, True)]]
+
+
+def agrees_with_1x(parts, random):
+    """Whether three data sets of numbers give the batches that 1.15's give with a generator."""
+    theirs = [Of1x(part.labels.copy(), random) for part in parts]
+    return all(parts[part].next_batch(size, shuffle=shuffle)[1].tolist()
+               == theirs[part].next_batch(size, shuffle) for part, size, shuffle in TURNS)
+
+
+def three_parts(**options):
+    return [numbered(n, **options) for n in (100, 9, 20)]
+
+
+def test_without_a_seed_numpys_global_generator_decides_when_a_batch_is_drawn():
+    parts = three_parts()
+    np.random.seed(42)
+    assert agrees_with_1x(parts, np.random.RandomState(42))
+    state = np.random.get_state()[1].tolist()
+    three_parts()
+    assert np.random.get_state()[1].tolist() == state  # making them does not reseed it
+
+
+def test_mnists_batches_repeat_after_seeding_numpy_as_in_1_15():
+    part = input_data.read_data_sets(DATA, one_hot=True).validation
+    np.random.seed(7)
+    digest = hashlib.sha256()
+    for _ in range(60):
+        for array in part.next_batch(333):
+            digest.update(array)
+    assert (digest.hexdigest()
+            == '2676c0ec72df2259162561cef78633322f94cbd80edea1204658204f1127c305')
+
+
+def test_without_any_seed_each_run_has_another_order():
+    program = ('import input_data\n'
+               'print(input_data.read_data_sets("MNIST_data").test.next_batch(50)[1])')
+    first, second = (python('-c', program).stdout for _ in range(2))
+    assert len(first) > 100 and first != second
+
+
+@pytest.mark.parametrize('seed', [777, 0, -1, 2**31 + 5])
+def test_tensorflows_seed_decides_the_order_for_all_three_parts_as_in_1_15(seed):
+    import tensorflow as tf
+    random = np.random.RandomState(seed % (2**31 - 1))
+    np.random.seed(1)
+    state = np.random.get_state()[1].tolist()
+    with tf.Graph().as_default():
+        tf.compat.v1.set_random_seed(seed)
+        parts = three_parts()
+    assert agrees_with_1x(parts, random)
+    assert np.random.get_state()[1].tolist() == state
+
+
+def test_a_seed_of_its_own_comes_before_tensorflows():
+    import tensorflow as tf
+    with tf.Graph().as_default():
+        tf.compat.v1.set_random_seed(777)
+        part = numbered(100, seed=3)
+    assert part.next_batch(100)[1].tolist() == numbered(100, seed=3).next_batch(100)[1].tolist()
+
+
+@pytest.mark.parametrize('beginning', [
+    'import tensorflow.compat.v1 as tf; tf.disable_v2_behavior(); tf.set_random_seed(7)',
+    'import tensorflow.compat.v1 as tf; tf.set_random_seed(7)',
+    'import tensorflow as tf; tf.random.set_seed(7)'])
+def test_mnists_batches_follow_tensorflows_seed_in_real_programs(beginning):
+    result = python('-c', f"""if True:
+        import hashlib, input_data
+        {beginning}
+        part = input_data.read_data_sets('MNIST_data', one_hot=True).validation
+        digest = hashlib.sha256()
+        for _ in range(60):
+            for array in part.next_batch(333):
+                digest.update(array)
+        print(digest.hexdigest())""")
+    assert (result.stdout
+            == '2676c0ec72df2259162561cef78633322f94cbd80edea1204658204f1127c305\n'), result.stderr
+
+
+def test_loading_does_not_change_the_seeds_of_tensorflows_operations():
+    import tensorflow as tf
+
+    def seeds(loads):
+        with tf.Graph().as_default():
+            tf.compat.v1.set_random_seed(777)
+            if loads:
+                three_parts()
+            drawn = tf.random.normal([2]).op
+            return [(op.get_attr('seed'), op.get_attr('seed2'))
+                    for op in drawn.graph.get_operations() if op.type == 'RandomStandardNormal']
+
+    assert seeds(True) == seeds(False) != []
+
+
+def test_a_tensorflow_that_is_not_there_or_not_whole_gives_no_seed(monkeypatch):
+    name = 'tensorflow.python.framework.random_seed'
+    no_graph = types.ModuleType(name)
+    no_graph.context = types.SimpleNamespace(executing_eagerly=lambda: False)
+    no_graph.ops = types.SimpleNamespace()
+    for module in (None, types.ModuleType(name), no_graph):
+        monkeypatch.setitem(sys.modules, name, module)
+        parts = three_parts()
+        np.random.seed(42)
+        assert agrees_with_1x(parts, np.random.RandomState(42))
+
+
+def test_with_a_seed_numpys_global_random_state_is_neither_used_nor_touched():
     def draw():
         part = numbered(100, seed=3)
         return [part.next_batch(30)[1].tolist() for _ in range(9)]
@@ -329,6 +520,152 @@ def test_batches_of_any_size_join_to_epochs_that_are_permutations(n, batch_size)
     assert len(orders) == 5 or n < 50
 
 
+def test_a_batch_of_no_examples_is_empty_arrays():
+    mnist = input_data.read_data_sets(DATA, one_hot=True, validation_size=0)
+    fake = input_data.read_data_sets('none', one_hot=True, fake_data=True)
+    for part in (mnist.train, mnist.validation, fake.train):
+        images, labels = part.next_batch(0)
+        assert images.shape == (0, 784) and labels.shape == (0, 10)
+        assert images.dtype == np.float32 and part.epochs_completed == 0
+
+
+def test_threads_draw_each_example_once_an_epoch():
+    part = numbered(20, seed=0)
+    drawn = [[] for _ in range(4)]
+
+    def give_way(*_):  # at each line
+        time.sleep(0)
+        return give_way
+
+    def draw(mine):
+        sys.settrace(give_way)
+        for _ in range(50):
+            mine += part.next_batch(4)[1].tolist()
+
+    threads = [threading.Thread(target=draw, args=(mine,), daemon=True) for mine in drawn]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert np.bincount(np.concatenate(drawn)).tolist() == [4 * 50 * 4 // 20] * 20
+
+
+def test_a_thread_that_looks_at_the_images_does_not_disturb_the_batches():
+    pixels = np.full((50, 1, 1, 1), 255, np.uint8)
+    pixels.flags.writeable = False  # so they stay bytes
+    for lines in range(20):  # of next_batch before the other looks
+        part = input_data.DataSet(pixels, np.zeros(50))
+        looks = threading.Thread(target=lambda part=part: part.images)
+        left = [lines]
+
+        def count(*_, left=left, looks=looks):
+            left[0] -= 1
+            if left[0] == 0:
+                looks.start()
+                looks.join(0.1)
+            return count
+
+        sys.settrace(count)
+        try:
+            images = part.next_batch(5)[0]
+        finally:
+            sys.settrace(None)
+        assert (images == 1).all()
+
+
+def test_a_data_set_can_be_copied_and_pickled():
+    import tensorflow as tf
+    with tf.Graph().as_default():
+        tf.compat.v1.set_random_seed(777)
+        parts = [numbered(100), numbered(100, seed=3)]
+    for part in [*parts, numbered(100)]:
+        part.next_batch(30)
+        others = copy.deepcopy(part), pickle.loads(pickle.dumps(part))
+        rest = part.next_batch(70)[1].tolist()
+        assert [other.next_batch(70)[1].tolist() for other in others] == [rest, rest]
+
+
+# The names with an underscore, which 1.x programs read and write
+
+def test_the_names_with_an_underscore_are_the_public_ones(mnist):
+    part = input_data.read_data_sets(DATA, one_hot=True).validation
+    part.next_batch(50)
+    assert (part._num_examples, part._epochs_completed, part._index_in_epoch) == (5000, 0, 50)
+    assert part._images is part.images and part._labels is part.labels
+    assert part._images.dtype == np.float32 and part._images.max() == 1
+    assert np.array_equal(part._images, mnist.validation.images)
+    part.next_batch(4950)
+    assert (part._epochs_completed, part._index_in_epoch) == (0, 5000)
+    part.next_batch(50)
+    assert (part._epochs_completed, part._index_in_epoch) == (1, 50)
+    part._num_examples, part._epochs_completed = 40, 7
+    assert (part.num_examples, part.epochs_completed) == (40, 7)
+
+
+@pytest.mark.parametrize('name', ['images', 'labels', 'num_examples', 'epochs_completed'])
+def test_the_public_names_cannot_be_set_as_in_1x(name):
+    with pytest.raises(AttributeError):
+        setattr(numbered(5), name, 0)
+
+
+@pytest.mark.parametrize('epochs', [0, 3])
+def test_rewinding_goes_on_as_in_1_15(epochs):
+    ours, theirs = numbered(50, seed=3), Of1x(np.arange(50), np.random.RandomState(3))
+    counts = []
+    for part, draw in ((ours, lambda: ours.next_batch(5)[1].tolist()),
+                       (theirs, lambda: theirs.next_batch(5))):
+        drawn = []
+        for _ in range(3):
+            part._epochs_completed, part._index_in_epoch = epochs, 0
+            while part._epochs_completed == epochs and len(drawn) < 99:
+                drawn.append(draw())
+        counts.append(drawn)
+    assert counts[0] == counts[1] and len(counts[0]) == 33
+
+
+def test_what_is_assigned_to_the_images_is_taken_as_it_is():
+    part = input_data.read_data_sets(DATA, seed=0).validation
+    other = part.images * 2 - 1
+    part._images = other
+    assert part.images is part._images is other
+    assert part.next_batch(50)[0].min() == -1
+    part._images = np.full((5000, 3), 200, np.uint8)
+    images = part.next_batch(50)[0]
+    assert images.dtype == np.uint8 and (images == 200).all()
+
+
+def test_batches_go_on_in_their_order_from_images_of_the_same_number():
+    part, other = numbered(50, seed=3), numbered(50, seed=3)
+    part.next_batch(20)
+    other.next_batch(20)
+    part._images = part._images + 100
+    images, labels = part.next_batch(70)
+    assert images.ravel().tolist() == (labels + 100).tolist()
+    assert labels.tolist() == other.next_batch(70)[1].tolist()
+
+
+def test_a_data_set_can_be_cut_down_to_some_of_its_examples():
+    part = numbered(100, seed=3)
+    part.next_batch(30)
+    odd = part._labels % 2 == 1
+    part._images, part._labels, part._num_examples = part._images[odd], part._labels[odd], odd.sum()
+    part._index_in_epoch = part._epochs_completed = 0
+    images, labels = part.next_batch(100)
+    assert sorted(labels.tolist()) == sorted([*range(1, 100, 2)] * 2)
+    assert images.ravel().tolist() == labels.tolist() and part.epochs_completed == 1
+
+
+def test_fewer_examples_are_the_first_ones_as_in_1_15():
+    ours, theirs = numbered(50, seed=3), Of1x(np.arange(50), np.random.RandomState(3))
+    ours._num_examples = theirs._num_examples = 20
+    for size in (5, 10, 15, 20, 3):
+        assert ours.next_batch(size)[1].tolist() == theirs.next_batch(size)
+    ours._num_examples = 0
+    with pytest.raises(ValueError, match='no examples'):
+        ours.next_batch(1)
+
+
 def test_without_shuffling_batches_run_through_the_files_order():
     part = numbered(7)
     drawn = np.concatenate([part.next_batch(3, shuffle=False)[1] for _ in range(7)])
@@ -338,8 +675,7 @@ def test_without_shuffling_batches_run_through_the_files_order():
 # Arguments
 
 @pytest.mark.parametrize('batch_size, error, message', [
-    (0, ValueError, 'batch_size is 0, expected a whole number from 1 to inf'),
-    (-5, ValueError, 'batch_size is -5'),
+    (-5, ValueError, 'batch_size is -5, expected a whole number from 0 to inf'),
     (2.5, TypeError, 'batch_size is 2.5, expected a whole number'),
     ('50', TypeError, "batch_size is '50'"),
     (None, TypeError, 'batch_size is None')])
@@ -352,6 +688,8 @@ def test_a_bad_batch_size_is_refused_and_uses_nothing_up(batch_size, error, mess
 
 @pytest.mark.parametrize('arguments, error, message', [
     ({'dtype': 'float64'}, TypeError, "dtype is 'float64', expected float32 or uint8"),
+    ({'dtype': np.float64}, TypeError, "dtype is <class 'numpy.float64'>"),
+    ({'dtype': np.dtype(float)}, TypeError, "dtype is dtype..float64"),
     ({'dtype': None}, TypeError, 'dtype is None'),
     ({'dtype': 'number'}, TypeError, 'number'),
     ({'validation_size': -1}, ValueError, 'validation_size is -1, .* from 0 to inf'),
@@ -380,6 +718,16 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path, mirrors):
     assert not mirrors.requests
 
 
+@pytest.mark.parametrize('url', ['gs://bucket/mnist', 'http://127.0.0.1:9/mnist', 's3://bucket'])
+def test_a_url_as_the_folder_is_refused_and_not_made(url, tmp_path, monkeypatch, mirrors):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f'{url} is a URL, expected a folder .* source_url'):
+        input_data.read_data_sets(url)
+    with pytest.raises(ValueError, match=f'{url} is a URL'):
+        input_data.maybe_download(TEST_LABELS, url, mirrors.url + TEST_LABELS)
+    assert not list(tmp_path.iterdir()) and not mirrors.requests
+
+
 def test_a_folder_that_cannot_be_made_is_refused_before_any_download(tmp_path, mirrors):
     (tmp_path / 'file').write_text('mine')
     with pytest.raises(OSError, match='cannot be written here .*name a folder'):
@@ -390,9 +738,22 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_download(tmp_path, m
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs a folder that not even root '
                     'can write')
 def test_a_folder_that_cannot_be_written_is_refused_before_any_download(mirrors):
-    with pytest.raises(OSError, match="cannot be written here .*: '/proc/self'"):
+    with pytest.raises(OSError, match=f'/proc/self/{TRAIN_IMAGES} is missing, and .* cannot be '
+                                      "written here .*: '/proc/self'"):
         input_data.read_data_sets('/proc/self')
     assert not mirrors.requests
+
+
+def test_a_damaged_file_in_a_folder_that_cannot_be_written_is_named(copies, mirrors, monkeypatch):
+    (copies / TEST_LABELS).write_bytes(b'damaged')
+
+    def refuse(dir):
+        raise PermissionError(13, 'Permission denied', dir)
+    monkeypatch.setattr(input_data.tempfile, 'TemporaryFile', refuse)  # root can write everywhere
+    with pytest.raises(OSError, match=f'{TEST_LABELS} is damaged: .*, and the data cannot be '
+                                      f"written here .*: '{copies}'"):
+        input_data.read_data_sets(copies)
+    assert (copies / TEST_LABELS).read_bytes() == b'damaged'
 
 
 # Damaged files
@@ -527,6 +888,22 @@ def test_images_and_labels_of_different_numbers_are_refused(tmp_path):
         input_data.read_data_sets(tmp_path, validation_size=0)
 
 
+def test_training_and_test_images_of_different_sizes_are_refused(tmp_path):
+    write_data_set(tmp_path)
+    write_idx(tmp_path / TEST_IMAGES, np.zeros((20, 8, 7), np.uint8))
+    with pytest.raises(ValueError, match=r't10k-images-idx3-ubyte holds images \[20, 8, 7\], but '
+                                         r'train-images-idx3-ubyte \[60, 9, 7\]: they belong'):
+        input_data.read_data_sets(tmp_path, validation_size=0)
+
+
+@pytest.mark.parametrize('part, counts', [('train', {'train': 0}), ('t10k', {'test': 0}),
+                                          ('train', {'side': (9, 0)})])
+def test_files_without_any_images_are_refused(part, counts, tmp_path):
+    write_data_set(tmp_path, **counts)
+    with pytest.raises(ValueError, match=f'{part}-images-idx3-ubyte holds no images'):
+        input_data.read_data_sets(tmp_path, validation_size=0)
+
+
 def test_nothing_is_fetched_beside_a_damaged_file_of_the_users_own_source(copies, server):
     (copies / TRAIN_IMAGES).unlink()
     (copies / TEST_LABELS).write_bytes(b'damaged')
@@ -579,6 +956,20 @@ def test_what_old_scripts_name_as_the_source_comes_from_the_mirrors(tmp_path, mi
     assert len(mirrors.requests) == 12
 
 
+def test_each_mirror_is_known_as_a_source_of_mnist(copies, server, monkeypatch):
+    second = 'https://ossci-datasets.s3.amazonaws.com/mnist/'
+    asked = []
+    real = input_data._read_url
+    monkeypatch.setattr(input_data, '_read_url', lambda url, *rest: asked.append(url) or real(
+        server.url + url.rpartition('/')[2], *rest))
+    monkeypatch.setattr(input_data, '_PAUSES', (0, 0))
+    (copies / TEST_IMAGES).write_bytes(b'damaged')
+    server.faults[TEST_IMAGES] = ['wrong']
+    assert input_data.read_data_sets(copies, source_url=second).test.num_examples == 10000
+    assert (copies / TEST_IMAGES).read_bytes() == (DATA / TEST_IMAGES).read_bytes()
+    assert asked == [second + TEST_IMAGES, input_data.DEFAULT_SOURCE_URL + TEST_IMAGES]
+
+
 def test_a_data_set_comes_from_its_own_source_url(tmp_path, server):
     server.folder = write_data_set(tmp_path / 'origin')
     parts = input_data.read_data_sets(tmp_path / 'copy', validation_size=9, source_url=server.url)
@@ -594,6 +985,55 @@ def test_what_may_pass_is_tried_again(faults, requests, copies, mirrors):
     assert input_data.read_data_sets(copies).train.num_examples == 55000
     assert mirrors.requests == [TRAIN_IMAGES] * requests
     assert sorted(os.listdir(copies)) == sorted(NAMES)
+
+
+@pytest.mark.parametrize('name, most', [
+    (TRAIN_IMAGES, 48 << 20), (TEST_LABELS, 65536 + 2 * 10000)])
+def test_a_body_without_an_end_is_read_no_further_than_mnists_could_be(name, most, copies, mirrors):
+    (copies / name).unlink()
+    mirrors.faults[name] = ['endless'] * 3
+    tracemalloc.start()
+    with pytest.raises(OSError, match=f'it sends more than {most:,} bytes'):
+        input_data.read_data_sets(copies)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 << 20
+    mirrors.faults[name] = ['endless']
+    assert input_data.read_data_sets(copies).train.num_examples == 55000
+
+
+@pytest.mark.parametrize('content, reason', [
+    (gzip.compress(idx(np.zeros((60, 9, 7), np.uint8))), 'it sends more than 73,096 bytes'),
+    (idx(np.zeros((60, 9, 7), np.uint8)), 'it sends more than 73,096 bytes'),
+    (b'<!DOCTYPE html>', 'it begins with'), (b'\x1f\x8b\x08\x08a file name', 'ended'),
+    (b'\0\0\x08\x03\x7f\xff\xff\xff', 'promises .* where 4,294,967,296 are the most')])
+def test_a_body_without_an_end_is_read_no_further_than_its_header_says(content, reason, tmp_path,
+                                                                       mirrors):
+    mirrors.folder = write_data_set(tmp_path / 'origin')
+    (mirrors.folder / TRAIN_IMAGES).write_bytes(content)
+    mirrors.faults[TRAIN_IMAGES] = ['endless'] * 3
+    with pytest.raises(OSError, match=reason):
+        input_data.read_data_sets(tmp_path / 'copy', source_url=mirrors.url)
+
+
+def test_a_file_of_another_name_has_a_bound_too(tmp_path, mirrors, monkeypatch):
+    monkeypatch.setattr(input_data, '_OTHER_MOST', 1 << 20)
+    mirrors.faults['README.md'] = ['endless'] * 3
+    with pytest.raises(OSError, match='it sends more than 1,048,576 bytes'):
+        input_data.maybe_download('README.md', tmp_path, mirrors.url + 'README.md')
+
+
+def test_a_small_body_is_not_unpacked_to_more_than_mnists_could_be(copies, mirrors, tmp_path):
+    mirrors.folder = tmp_path / 'mirror'
+    mirrors.folder.mkdir()
+    write_idx(mirrors.folder / TRAIN_IMAGES, np.zeros((150000, 28, 28), np.uint8))
+    (copies / TRAIN_IMAGES).unlink()
+    tracemalloc.start()
+    with pytest.raises(OSError, match='promises 117,600,000 .* where 50,331,648 are the most'):
+        input_data.read_data_sets(copies)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30 << 20
 
 
 @pytest.mark.parametrize('status', [403, 404, 410])
@@ -613,9 +1053,9 @@ def test_the_next_mirror_is_asked_when_one_fails(fault, copies, mirrors, monkeyp
     mirrors.faults[TEST_LABELS] = [fault]
     (copies / 'mirror').mkdir()
     asked = []
-    real = input_data._get
-    monkeypatch.setattr(input_data, '_get', lambda url: asked.append(url) or real(
-        url.replace('?second=', '')))
+    real = input_data._read_url
+    monkeypatch.setattr(input_data, '_read_url', lambda url, *rest: asked.append(url) or real(
+        url.replace('?second=', ''), *rest))
     assert input_data.read_data_sets(copies).test.num_examples == 10000
     assert asked == [mirrors.url + TEST_LABELS, mirrors.url + '?second=' + TEST_LABELS]
 
@@ -630,7 +1070,7 @@ def test_when_all_fails_the_error_names_every_url_and_what_to_do(fault, reason, 
     nobody = 'http://127.0.0.1:9/'  # the discard port
     monkeypatch.setattr(input_data, '_MIRRORS', (mirrors.url, nobody))
     (copies / TEST_LABELS).unlink()
-    mirrors.faults[TEST_LABELS] = [fault] * 3
+    mirrors.faults[TEST_LABELS] = [500, 500, fault]
     with pytest.raises(OSError) as caught:
         input_data.read_data_sets(copies)
     for part in (f'{copies / TEST_LABELS} is missing', f'{mirrors.url}{TEST_LABELS}: ', reason,
@@ -660,7 +1100,7 @@ def test_maybe_download_fetches_a_file_once(tmp_path, server):
 
 
 def test_maybe_download_takes_files_of_other_names_as_they_are(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(input_data, '_OF_MNIST', (server.url,))  # names that are not among MNIST's
+    monkeypatch.setattr(input_data, '_MNIST_URLS', (server.url,))  # which has other files, too
     path = input_data.maybe_download('README.md', tmp_path, server.url + 'README.md')
     assert pathlib.Path(path).read_bytes() == (DATA / 'README.md').read_bytes()
 
@@ -685,6 +1125,57 @@ def test_two_processes_on_one_empty_folder_both_get_good_data(tmp_path, server):
     processes = [start('-c', loading(tmp_path, server.url)) for _ in range(2)]
     assert [process.communicate(timeout=60)[0] for process in processes] == ['55000\n'] * 2
     assert sorted(os.listdir(tmp_path)) == sorted(NAMES)
+
+
+@pytest.mark.parametrize('unpacked', [False, True])
+def test_two_processes_that_repair_one_file_keep_each_others_good_file(unpacked, copies, server):
+    damaged = copies / (TEST_LABELS.removesuffix('.gz') if unpacked else TEST_LABELS)
+    (copies / TEST_LABELS).unlink()
+    damaged.write_bytes(b'damaged')
+    # Each has downloaded it, and goes on when it reads a line.
+    waits = ('sleep, removesuffix = input_data.time.sleep, input_data._download_verified\n'
+             'def download(*arguments):\n'
+             '    found = removesuffix(*arguments)\n'
+             '    print("downloaded", flush=True)\n'
+             '    input()\n'
+             '    return found\n'
+             'input_data._download_verified = download')
+    processes = [start('-c', loading(copies, server.url, waits), stdin=subprocess.PIPE)
+                 for _ in range(2)]
+    assert [process.stdout.readline() for process in processes] == ['downloaded\n'] * 2
+    for process in processes:
+        assert process.communicate('\n', timeout=60)[0] == '55000\n'
+    assert (copies / TEST_LABELS).read_bytes() == (DATA / TEST_LABELS).read_bytes()
+    aside, = copies.glob('*.damaged-*')
+    assert aside.read_bytes() == b'damaged'
+    assert sorted(os.listdir(copies)) == sorted([*NAMES, aside.name])
+
+
+def test_a_repair_that_is_killed_at_any_step_leaves_a_file_in_its_place(copies, server):
+    steps = 0
+    while True:
+        shutil.rmtree(copies)
+        shutil.copytree(DATA, copies)
+        (copies / TEST_LABELS).write_bytes(b'damaged')
+        # Python tells the hook of each file that is opened, renamed or removed, before it happens.
+        kill = ('import os, signal, sys\n'
+                'events = []\n'
+                'def hook(event, arguments):\n'
+                f'    if str(arguments[:1]).find({str(copies)!r}) > 0:\n'
+                '        events.append(event)\n'
+                f'        if len(events) > {steps}:\n'
+                '            os.kill(os.getpid(), signal.SIGKILL)\n'
+                'sys.addaudithook(hook)')
+        result = python('-c', loading(copies, server.url, kill))
+        assert (copies / TEST_LABELS).read_bytes() in (
+            b'damaged', (DATA / TEST_LABELS).read_bytes())
+        if result.returncode == 0:
+            break
+        assert result.returncode == -signal.SIGKILL
+        steps += 1
+        assert python('-c', loading(copies, server.url)).stdout == '55000\n'
+        assert [path.read_bytes() for path in copies.glob('*.damaged-*')] == [b'damaged']
+    assert steps > 10
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
