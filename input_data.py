@@ -30,7 +30,8 @@ import numpy as np
 
 DEFAULT_SOURCE_URL = 'https://storage.googleapis.com/cvdf-datasets/mnist/'
 _MIRRORS = (DEFAULT_SOURCE_URL, 'https://ossci-datasets.s3.amazonaws.com/mnist/')
-_MNIST_URLS = (*_MIRRORS, 'http://yann.lecun.com/exdb/mnist/')  # the mirrors serve them all
+_MNIST_URLS = (*_MIRRORS, 'http://yann.lecun.com/exdb/mnist/',  # the mirrors serve them all
+               'https://yann.lecun.com/exdb/mnist/')
 _MNIST_MOST = 48 << 20  # bytes: the largest of its files, unpacked, has 47,040,016
 _OTHER_MOST = 4 << 30  # bytes of another data set's file
 _TIMEOUT = 15  # seconds to connect, and without a byte, before a server counts as stalled
@@ -147,7 +148,8 @@ class DataSet:
     num_examples = property(lambda self: self._num_examples)
     epochs_completed = property(lambda self: self._epochs_completed)
 
-    # Public programs read and write the names with an underscore, as they could in 1.x.
+    # Programs of 1.x read and write the names with an underscore, too. `_images` and `_labels` keep
+    # the given order here, where 1.x put them into the order of the batches.
 
     @property
     def _images(self):
@@ -363,10 +365,7 @@ def _read_idx(f, kind, most=math.inf):
 
         # Piece by piece, so that a wrong header cannot ask for more memory than there are bytes.
         data = bytearray()
-        while len(data) <= promised:
-            piece = stream.read(1 << 20)
-            if not piece:
-                break
+        while len(data) <= promised and (piece := stream.read(1 << 20)):
             data += piece
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f'its gzip data is broken ({error})') from error
@@ -422,7 +421,7 @@ def _replace_file(path, url, fault, damaged=None):
             with open(damaged, 'rb') as f:
                 content = f.read()
             _read_idx(io.BufferedReader(io.BytesIO(content)), packed)
-            return array
+            return array  # another process has repaired it
         except FileNotFoundError:
             pass
         except ValueError:
@@ -478,14 +477,11 @@ def _download_verified(url, packed, fault):
 def _read_url(url, name, most):
     """The bytes at a URL, as many as its header and `most` allow; a terminal shows how many."""
     body = bytearray()
-    on_terminal = sys.stderr.isatty()
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: a program without one
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
             size = int(response.headers['Content-Length'] or 0)
-            while True:
-                piece = response.read(1 << 16)
-                if not piece:
-                    break
+            while piece := response.read(1 << 16):
                 body += piece
                 if len(body) == 1 << 16 and name in _FILES:  # the first piece, and more to come
                     _, shape = _read_header(io.BufferedReader(io.BytesIO(body)), name, most)
