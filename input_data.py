@@ -183,25 +183,25 @@ class DataSet:
             classes = np.zeros(batch_size, np.uint8)
             labels = dense_to_one_hot(classes, 10) if self._one_hot else classes
             return np.ones((batch_size, 784), np.float32), labels
-        if batch_size and min(self._num_examples, len(self._order)) < 1:
-            raise ValueError('this data set has no examples to take a batch from')
 
         # The batch's rows: a slice of this epoch's order and, if that ends, of the next ones'.
         with _TURNS:
             if shuffle and self._index_in_epoch == self._epochs_completed == 0:
                 self._shuffle()
             slices = [self._order[self._index_in_epoch:self._num_examples][:batch_size]]
-            self._index_in_epoch += len(slices[0])
             missing = batch_size - len(slices[0])
+            self._index_in_epoch += len(slices[0])
             while missing:
+                if min(self._num_examples, len(self._order)) < 1:
+                    raise ValueError('this data set has no examples to take a batch from')
                 self._epochs_completed += 1
                 if shuffle:
                     self._shuffle()
                 slices.append(self._order[:self._num_examples][:missing])
-                self._index_in_epoch = len(slices[-1])
                 missing -= len(slices[-1])
+                self._index_in_epoch = len(slices[-1])
             images, as_bytes = self._pixels, self._as_bytes
-        rows = np.concatenate(slices)
+        rows = np.concatenate(slices) if len(slices) > 1 else slices[0]
         images = images.take(rows, axis=0)
         return _scale(images) if as_bytes else images, self._labels.take(rows, axis=0)
 
