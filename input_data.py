@@ -49,7 +49,8 @@ _FILES = {
 
 Datasets = collections.namedtuple('Datasets', ['train', 'validation', 'test'])
 
-_GRAPH_RANDOM = np.random.RandomState()  # of all data sets whose order follows TensorFlow's seed
+# What data sets that follow TensorFlow's seed draw from; as in 1.x, each new one starts it afresh.
+_GRAPH_RANDOM = np.random.RandomState()
 _TURNS = threading.Lock()  # a program's threads take turns, so that each example is drawn once
 
 
