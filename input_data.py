@@ -189,9 +189,10 @@ class DataSet:
         with _TURNS:
             if shuffle and self._index_in_epoch == self._epochs_completed == 0:
                 self._shuffle()
-            slices = [self._order[self._index_in_epoch:self._num_examples][:batch_size]]
-            missing = batch_size - len(slices[0])
-            self._index_in_epoch += len(slices[0])
+            start = self._index_in_epoch
+            rows = self._order[start:min(start + batch_size, self._num_examples)]
+            self._index_in_epoch = start + len(rows)
+            slices, missing = [rows], batch_size - len(rows)
             while missing:
                 if min(self._num_examples, len(self._order)) < 1:
                     raise ValueError('this data set has no examples to take a batch from')
@@ -202,7 +203,8 @@ class DataSet:
                 missing -= len(slices[-1])
                 self._index_in_epoch = len(slices[-1])
             images, as_bytes = self._pixels, self._as_bytes
-        rows = np.concatenate(slices) if len(slices) > 1 else slices[0]
+        if len(slices) > 1:
+            rows = np.concatenate(slices)
         images = images.take(rows, axis=0)
         return _scale(images) if as_bytes else images, self._labels.take(rows, axis=0)
 
@@ -250,12 +252,13 @@ def maybe_download(filename, work_directory, source_url):
 
 def _whole_number(name, value, least, most=math.inf):
     """The value as an int; TypeError, ValueError: it is none, or out of range."""
-    message = f'{name} is {value!r}, expected a whole number from {least} to {most}'
     if not hasattr(value, '__index__'):
-        raise TypeError(message)
-    if not least <= value <= most:
-        raise ValueError(message)
-    return int(value)
+        error = TypeError
+    elif not least <= value <= most:
+        error = ValueError
+    else:
+        return int(value)
+    raise error(f'{name} is {value!r}, expected a whole number from {least} to {most}')
 
 
 def _generator(seed):
