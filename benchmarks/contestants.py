@@ -344,6 +344,7 @@ def reading(model_dir, way, digits):
     themselves.
     """
     import numpy as np
+    from PIL import Image
     sys.path.insert(0, str(ROOT / 'tests'))
     import photographs
 
@@ -361,7 +362,8 @@ def reading(model_dir, way, digits):
         if way == 'directly':
             return test.images[number]
         if way == 'resized':
-            small = mnist_predict.resize(picture[..., 0].astype(np.float32), 28, 28).ravel() / 255
+            small = Image.fromarray(picture[..., 0]).resize((28, 28), Image.BOX)
+            small = np.asarray(small, np.float32).ravel() / 255
             return small if light_ink else 1 - small
         try:
             return mnist_predict.normalise(picture)

@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 import numpy as np
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -57,7 +58,8 @@ def photographs_and_what_is_seen(mnist):
         page = camera.paste(mnist.test.images[number], size, light_ink)
         seen = np.round(mnist_predict.normalise(page).reshape(28, 28, 1) * 255)
         height, width = (168 * side // max(page.shape) for side in page.shape[:2])
-        page = np.round(mnist_predict.resize(page[..., 0], height, width))[..., np.newaxis]
+        page = np.asarray(Image.fromarray(page[..., 0]).resize((width, height), Image.BOX))
+        page = page[..., np.newaxis]
         border = [(0, 168 - page.shape[0]), (0, 168 - page.shape[1]), (0, 0)]
         columns.append(np.concatenate([np.pad(page, border, constant_values=255),
                                        np.full([6, 168, 1], 255),

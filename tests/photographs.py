@@ -1,8 +1,10 @@
 """Photographs of handwritten digits, made from MNIST's test digits: on paper or board, anywhere in
-the picture, in uneven light, with noise, as JPEG. For the tests, the benchmarks and the pictures.
+the picture, in uneven light, with noise, as JPEG; and digits drawn by a round pen. For the tests,
+the benchmarks and the pictures.
 """
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 import mnist_deep
 
@@ -71,3 +73,45 @@ class Camera:
     def photograph(self, digit, size, light_ink=None):
         """The same as JPEG of quality 50, and decoded again: uint8 [height, width, 1]."""
         return self.session.run(self.decoded, {self.picture: self.paste(digit, size, light_ink)})
+
+
+def arc(x, y, width, height, start, end):
+    """Points along an ellipse, from one angle to another, in degrees; clockwise from the right."""
+    angles = np.radians(np.linspace(start, end, 30))
+    return [(x + width * np.cos(angle), y + height * np.sin(angle)) for angle in angles]
+
+
+# How a pen goes for each digit, in a square from 0 to 1: strokes of points (x, y), y down.
+STROKES = {
+    0: [arc(0.5, 0.5, 0.3, 0.45, 0, 360)],
+    1: [[(0.5, 0.05), (0.5, 0.95)]],
+    2: [[*arc(0.5, 0.3, 0.28, 0.25, 180, 380), (0.2, 0.95), (0.82, 0.95)]],
+    3: [arc(0.47, 0.28, 0.27, 0.23, 200, 450), arc(0.47, 0.72, 0.3, 0.23, 270, 520)],
+    4: [[(0.55, 0.05), (0.18, 0.65), (0.85, 0.65)], [(0.68, 0.38), (0.68, 0.95)]],
+    5: [[(0.78, 0.05), (0.28, 0.05), (0.25, 0.45), *arc(0.48, 0.67, 0.3, 0.28, 220, 510)]],
+    6: [[*arc(0.75, 0.6, 0.5, 0.55, 270, 180), *arc(0.5, 0.7, 0.25, 0.25, 180, 540)]],
+    7: [[(0.2, 0.05), (0.8, 0.05), (0.4, 0.95)]],
+    8: [arc(0.5, 0.27, 0.22, 0.22, 0, 360), arc(0.5, 0.72, 0.28, 0.23, 0, 360)],
+    9: [arc(0.5, 0.3, 0.25, 0.25, 0, 360), [(0.75, 0.3), (0.68, 0.95)]]}
+
+
+def drawn(digit, pen=14, size=160, page=(200, 200), place=(20, 20), shades=(255, 0)):
+    """A digit drawn by a round pen, as a Pillow image of grey levels.
+
+    Args:
+        digit: 0 to 9.
+        pen: the pen's width, in pixels.
+        size: the digit's height, in pixels.
+        page: the page's width and height.
+        place: the left and the top of the digit's square.
+        shades: the paper's grey level and the ink's.
+    """
+    image = Image.new('L', [4 * side for side in page], shades[0])  # four times: for smooth edges
+    draw, radius = ImageDraw.Draw(image), 2 * pen
+    for stroke in STROKES[digit]:
+        points = [tuple(4 * (start + pen / 2 + (size - pen) * share)
+                        for start, share in zip(place, point)) for point in stroke]
+        draw.line(points, shades[1], round(4 * pen))
+        for x, y in points:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), shades[1])
+    return image.resize(page, Image.BOX)
