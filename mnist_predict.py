@@ -175,12 +175,12 @@ def find_ink(view):
         if np.ptp(ink) < 1:
             continue
         threshold = otsu_threshold(ink)
-        is_ink = ink > threshold
+        is_ink = ink >= threshold
         share, contrast = is_ink.mean(), ink[is_ink].mean() - ink[~is_ink].mean()
-        stands_out = share * (1 - share) * contrast ** 3 / ink.var()
+        separation = share * (1 - share) * contrast ** 2 / ink.var()  # Otsu's, at most 1
         border = np.concatenate([is_ink[0], is_ink[-1], is_ink[:, 0], is_ink[:, -1]])
-        if stands_out > 1.1 * best and border.mean() < 0.4:
-            best, found = stands_out, (ink, is_ink, contrast, threshold)
+        if separation * contrast > 1.1 * best and border.mean() < 0.4:
+            best, found = separation * contrast, (ink, is_ink, contrast, threshold)
     if found is None:
         raise ValueError(NOTHING)
     ink, is_ink, contrast, threshold = found
