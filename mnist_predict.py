@@ -28,6 +28,7 @@ except ImportError as error:
     sys.exit(2)
 
 import mnist_deep
+import model_dir
 
 tf = mnist_deep.tf
 
@@ -299,7 +300,7 @@ def main(argv=None):
         x = tf.placeholder(tf.float32, shape=[None, 784])
         y_conv, keep_prob = mnist_deep.deepnn(x)
         probabilities = tf.nn.softmax(y_conv)
-        restore(flags.model_dir)
+        model_dir.restore_newest(flags.model_dir)
 
         failed = False
         for first in range(0, len(flags.pictures), 100):
@@ -407,25 +408,5 @@ def parse_flags(argv):
     return parser.parse_args(argv)
 
 
-def restore(folder):
-    """Restores the network's weights from a folder's newest checkpoint into the default session."""
-    checkpoint = tf.train.latest_checkpoint(folder)
-    if checkpoint is None:
-        raise ValueError(f'--model_dir {folder}: no checkpoint of a trained network there; train '
-                         f'one with: python mnist_deep.py --model_dir {folder}')
-    try:
-        tf.train.Saver().restore(tf.get_default_session(), checkpoint)
-    except (tf.errors.OpError, ValueError):
-        raise ValueError(f'--model_dir {folder}: its checkpoint is damaged or of another model; '
-                         'train one with: python mnist_deep.py --model_dir NEW_FOLDER') from None
-
-
 if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except (OSError, ValueError) as error:
-        print(f'mnist_predict.py: error: {error}', file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print('stopped', file=sys.stderr)
-        sys.exit(130)
+    sys.exit(mnist_deep.run(main))
