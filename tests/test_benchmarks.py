@@ -1,6 +1,5 @@
 """The benchmarks: they run, and their tables have every contestant."""
 
-import json
 import sys
 
 import pytest
@@ -12,52 +11,50 @@ import run
 
 
 @pytest.fixture(scope='module')
-def quick(tmp_path_factory, trained):
-    """What `--quick` prints, and the figures that it writes."""
-    file = tmp_path_factory.mktemp('benchmarks') / 'figures.json'
-    result = python('benchmarks/run.py', '--quick', '--model_dir', trained[0], '--json', file)
-    assert result.returncode == 0, result.stdout
-    return result.stdout, json.loads(file.read_text())['results']
+def results(trained):
+    """What each benchmark finds with --quick, by name."""
+    return {name: benchmark(True, str(trained[0])) for name, benchmark in run.BENCHMARKS.items()}
 
 
-def test_every_benchmark_has_a_table_of_all_its_contestants(quick):
-    output, results = quick
-    assert [result['title'] for result in results] == [
-        'Loader, MNIST', 'Loader, synthetic images', 'Training step of the CNN, batch 50',
-        'Test evaluation', 'mnist_deep.py', 'Pasted digits of 28 to 1,000 pixels',
-        'mnist_predict.py', 'mnist_replica.py']
-    for result, count in zip(results, [3, 2, 6, 2, 4, 3, 2, 3]):
-        names = [*result['medians'], *result['failures']]
-        assert len(names) == count
-        for name in names:
-            assert f'| {name} | ' in output
+def test_every_benchmark_has_a_figure_above_0_of_each_contestant(results):
+    for result, count in zip(results.values(), [2, 4, 2, 4, 5, 3]):
         for reason in result['failures'].values():
             assert reason.startswith('skipped')
-
-
-def test_tables_are_markdown_with_rows_of_one_width(quick):
-    tables = [part for part in quick[0].split('\n\n') if part.startswith('|')]
-    assert len(tables) >= 8
-    for table in tables:
-        assert len({line.count('|') for line in table.splitlines()}) == 1
-        assert set(table.splitlines()[1]) == set('|-:')
-
-
-def test_every_figure_is_positive(quick):
-    for result in quick[1]:
+        assert len(result['medians']) + len(result['failures']) == count
         for name, figures in result['medians'].items():
             assert figures
             for figure, value in figures.items():
                 # A few pictures take less time than that by which two start-ups differ.
                 assert value > 0 or figure == 'pictures per s', (name, figure)
-        for ratio in result['ratios']:
-            assert 0 < ratio['least'] <= ratio['median'] <= ratio['most']
+
+
+def test_tables_are_markdown_with_rows_of_one_width(results):
+    for result in results.values():
+        title, *tables = run.table(result).split('\n\n')
+        assert title == f'**{result["title"]}**' and len(tables) == 1 + bool(result['ratios'])
+        for table in tables:
+            assert len({line.count('|') for line in table.splitlines()}) == 1
+            assert set(table.splitlines()[1]) == set('|-:')
+        for name in [*result['medians'], *result['failures']]:
+            assert f'| {name} | ' in tables[0]
+
+
+def test_the_command_runs_one_benchmark_alone():
+    result = python('benchmarks/run.py', '--quick', '--only=loader')
+    assert result.returncode == 0
+    assert result.stdout.count('**') == 2 and '| this project | ' in result.stdout
+
+
+@pytest.mark.parametrize('number, shown', [
+    (None, ''), (0.18432, '0.184'), (15.317, '15.3'), (98.98, '99.0'), (2605.4, '2,605')])
+def test_figures_have_no_more_digits_than_they_are_worth(number, shown):
+    assert run.digits(number) == shown
 
 
 def test_a_contestant_that_fails_is_reported_not_left_out():
-    result = run.compete('Title', {'bad': (None, 'loader_ours', {'epochs': 1, 'folder': '/dev'}),
+    result = run.compete('Title', {'bad': (None, 'whole_run', {'steps': 0, 'flags': []}),
                                    'absent': ('no_such_package', 'loader_ours', {})},
-                         2, [('bad', 'load s', 'absent', 'load s', 1)], lambda line: None)
+                         2, [('load s', 'bad', 'absent')])
     assert result['failures']['bad'].startswith('failed with code 1: ')
     assert result['failures']['absent'] == 'skipped: no_such_package is not installed'
     assert '| bad | failed' in run.table(result)
@@ -70,7 +67,3 @@ def test_the_1x_way_draws_every_example_once_an_epoch(monkeypatch):
     train = drawn[0]
     total = sum(train.next_batch(50)[0].sum(dtype=float) for _ in range(1100))
     assert total == pytest.approx(train.images.sum(dtype=float))
-
-
-def test_floating_point_operations_are_counted_from_the_shapes():
-    assert contestants.STEP_FLOP == pytest.approx(4.1e9, rel=0.01)
