@@ -24,8 +24,15 @@ import numpy as np
 
 import input_data
 import mnist_deep
-import mnist_predict
 import model_dir
+
+try:
+    from mnist_predict import normalise, open_picture
+except ImportError as error:  # Pillow and SciPy
+    if __name__ != '__main__':
+        raise
+    print(f'mnist_draw.py: error: {error}', file=sys.stderr)
+    sys.exit(2)
 
 tf = mnist_deep.tf
 
@@ -48,7 +55,7 @@ def both_networks(sess, flags):
     y_conv, keep_prob = mnist_deep.deepnn(x)
     model_dir.restore_newest(flags.model_dir)
 
-    # Softmax regression, as in mnist_softmax.py
+    # Softmax regression, as in mnist_softmax.py: a second's training
     W = tf.Variable(tf.zeros([784, 10]))
     b = tf.Variable(tf.zeros([10]))
     y = tf.matmul(x, W) + b
@@ -80,10 +87,9 @@ def as_bytes(brightness):
 
 
 def main(argv=None):
-    """Serves the page until Ctrl-C; `argv` are the command line's flags, sys.argv's if None.
+    """Serves the page until Ctrl-C; `argv` is a list of flags, the command line's if None.
 
-    Raises:
-        OSError, ValueError: the port is taken, or there is no trained network or no data.
+    OSError, ValueError: the port is taken, or there is no trained network or no data.
     """
     flags = parse_flags(argv)
     with tf.Graph().as_default(), tf.Session() as sess, Server(flags.port) as server:
@@ -110,8 +116,9 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, port):
         try:
             super().__init__(('127.0.0.1', port), Handler)
-        except OSError as error:
-            raise OSError(f'--port {port}: {error.strerror}; name another one') from error
+        except (OSError, OverflowError) as error:
+            raise OSError(f'--port {port}: {getattr(error, "strerror", error)}; name another one'
+                          ) from None
         self.hosts = [f'{name}:{self.server_port}' for name in ('127.0.0.1', 'localhost', '[::1]')]
         with open(PAGE, encoding='utf-8') as f:
             page = f.read()
@@ -148,9 +155,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.refuse(413, f'at most {MAX_BYTES:,} bytes')
         status = 422
         try:
-            picture = mnist_predict.open_picture(io.BytesIO(self.rfile.read(int(length))))
+            picture = open_picture(io.BytesIO(self.rfile.read(int(length))))
             status = 200  # a picture, be it of a digit or not
-            answer = self.server.look(mnist_predict.normalise(picture))
+            answer = self.server.look(normalise(picture))
         except TimeoutError:
             return self.refuse(408)
         except ValueError as error:
@@ -191,24 +198,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def parse_flags(argv):
-    """The flags; ValueError: --port is out of range."""
+    """The command line's flags."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__)
     parser.add_argument('--model_dir', default='model', type=os.path.expanduser, metavar='FOLDER',
                         help='where mnist_deep.py --model_dir has put its checkpoints (default: '
                         '%(default)s)')
-    parser.add_argument('--data_dir', metavar='FOLDER',
-                        default=os.path.join(os.path.dirname(PAGE), 'MNIST_data'),
-                        help='folder of the MNIST files, to train softmax regression with '
-                        '(default: %(default)s)')
-    parser.add_argument('--port', type=int, default=8000,
-                        help='of the address, http://127.0.0.1:PORT/ (default: %(default)s)')
+    parser.add_argument('--data_dir', default=os.path.join(os.path.dirname(PAGE), 'MNIST_data'),
+                        metavar='FOLDER', help='where the MNIST files are (default: %(default)s)')
+    parser.add_argument('--port', type=int, default=8000, metavar='N',
+                        help='of the address that it prints (default: %(default)s)')
     parser.add_argument('--no_browser', action='store_true', help='open no browser')
-    flags = parser.parse_args(argv)
-    if not 0 <= flags.port < 65536:
-        raise ValueError(f'argument --port: {flags.port} is not a number from 0 to 65535')
-    return flags
+    return parser.parse_args(argv)
 
 
 if __name__ == '__main__':

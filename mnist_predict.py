@@ -10,282 +10,24 @@ read is named on standard error; the others are read all the same, and the exit 
 """
 
 import argparse
-import io
-import math
 import os
 import sys
 import warnings
 
 import numpy as np
 
-try:
-    from PIL import Image, ImageOps
-    from scipy import ndimage
-except ImportError as error:
-    if __name__ != '__main__':
-        raise
-    print(f'mnist_predict.py: error: {error}: pip install pillow scipy', file=sys.stderr)
-    sys.exit(2)
-
 import mnist_deep
 import model_dir
 
+try:
+    from pictures import Image, normalise, open_picture
+except ImportError as error:  # Pillow and SciPy: this part alone needs them
+    if __name__ != '__main__':
+        raise
+    print(f'mnist_predict.py: error: {error}', file=sys.stderr)
+    sys.exit(2)
+
 tf = mnist_deep.tf
-
-VIEW = 224  # pixels: a picture is looked at in this size, or smaller
-NOTHING = 'no digit: nothing on it stands out as ink on paper does'
-TOUCHING = np.ones([3, 3])  # a pixel and its eight neighbours
-
-
-def normalise(picture):
-    """Makes a picture of one digit look like MNIST's.
-
-    The network has never seen a picture that was merely resized. MNIST's recipe, from its home page
-    (Y. LeCun, C. Cortes, C. J. C. Burges, http://yann.lecun.com/exdb/mnist/): the black and white
-    digits of NIST's Special Databases 1 and 3 were scaled to fit into 20x20 pixels, width and
-    height alike, which gave them grey levels, and placed in 28x28 pixels with their centre of mass
-    in the middle.
-
-    Args:
-        picture: a path; or a Pillow image; or a uint8 array [height, width] or [height, width, 1
-            (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA)]. Ink may be dark on light or light on
-            dark, and the digit anywhere.
-
-    Returns:
-        float32 array [784], values in [0, 1]: the digit as `mnist_deep.deepnn` takes it.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: no digit is found, or several; or it is no picture, or too large.
-    """
-    grey = to_grey(picture)
-    if grey.size == (28, 28):
-        ink = np.abs(np.float32(grey) - grey.getpixel((0, 0)))
-        if is_normalised(ink):
-            return (ink / ink.max()).reshape(784)
-
-    box, _ = find_digit(grey)  # one look at all of it, one from near
-    grey = cut(grey, box, 0.35)
-    box, ink = find_digit(grey)
-    if is_frame(ink > 0):
-        try:
-            return normalise(cut(grey, box, -0.12))
-        except ValueError:
-            pass  # there is nothing inside: it is a 1, as straight as a frame
-    return in_28x28(with_mnists_stroke(ink)).reshape(784)
-
-
-def to_grey(picture):
-    """Turns what `normalise` takes into a Pillow image of grey levels, on white paper."""
-    if isinstance(picture, (str, os.PathLike)):
-        picture = open_picture(picture)
-    elif not isinstance(picture, Image.Image):
-        picture = np.asarray(picture)
-        shape = picture.shape
-        if picture.dtype != np.uint8 or not picture.size or not (
-                len(shape) == 2 or len(shape) == 3 and shape[2] <= 4):
-            raise ValueError(f'picture is {picture.dtype} {list(shape)}, expected uint8 [height, '
-                             'width] or [height, width, 1 to 4 channels]')
-        picture = Image.fromarray(picture[..., 0] if shape[2:] == (1,) else picture)
-
-    if picture.mode[0] in 'IF':  # integers or floats of any range
-        levels = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
-        levels = (levels - levels.min()) / max(np.ptp(levels) / 255, 1e-9)
-        picture = Image.fromarray(levels.astype(np.uint8))
-    if 'A' not in picture.getbands() and 'transparency' not in picture.info:
-        return picture.convert('L')
-    picture = picture.convert('RGBA')
-    paper = Image.new('L', picture.size, 255)
-    paper.paste(picture.convert('L'), mask=picture.getchannel('A'))
-    return paper
-
-
-def is_normalised(ink):
-    """Whether it is one of MNIST's images, or one made like them: float32 [28, 28], 0 is paper."""
-    corners = ink[[0, 0, -1, -1], [0, -1, 0, -1]]
-    return (ink.any() and not corners.any() and max(lengths(box_of(ink > 0))) <= 20
-            and np.abs(np.subtract(ndimage.center_of_mass(ink), 13.5)).max() < 1)
-
-
-def find_digit(grey):
-    """Finds the digit in a Pillow image of grey levels.
-
-    Returns:
-        (left, top, right, bottom): where it is, in pixels.
-        ink: float32 array [height, width], that part in at most VIEW pixels: 0 is paper, 1 ink.
-    """
-    scale = max(1, max(grey.size) / VIEW)
-    width, height = (math.ceil(side / scale) for side in grey.size)
-    view = dark_on_light(np.asarray(grey.resize((width, height), Image.BOX), np.float32))
-    ink, is_ink, contrast = find_ink(view)
-    is_digit, digits = digit_pieces(is_ink)
-
-    # Paper is on both sides of a stroke. What passes for ink at the edge of a shadow, or in noise,
-    # is as dark as something beside it.
-    near = ndimage.binary_dilation(is_digit, TOUCHING)
-    beside = ndimage.binary_dilation(near, TOUCHING, 2) & ~near
-    lighter = view[beside] > np.median(view[is_digit]) + contrast / 2
-    if lighter.sum() < 0.85 * lighter.size:
-        raise ValueError(NOTHING)
-    if digits > 1:
-        raise ValueError(f'{digits} digits side by side, expected one: cut the picture to it')
-
-    rows, columns = box_of(is_digit)
-    ink = np.pad(ink * near, 1)  # a stroke's grey edge belongs to it, too
-    ink = ink[rows.start:rows.stop + 2, columns.start:columns.stop + 2]
-    x, y = grey.width / width, grey.height / height
-    return (columns.start * x, rows.start * y, columns.stop * x, rows.stop * y), ink / ink.max()
-
-
-def cut(grey, box, margin):
-    """A box of an image with a margin, which is a share of the box's longer side."""
-    left, top, right, bottom = box
-    margin *= max(right - left, bottom - top)
-    return grey.crop((max(0, int(left - margin)), max(0, int(top - margin)),
-                      min(grey.width, math.ceil(right + margin)),
-                      min(grey.height, math.ceil(bottom + margin))))
-
-
-def dark_on_light(view):
-    """Inverts grey levels, float32 [height, width], 0 to 255, if the ink is light."""
-    # There is less ink than paper, and outside of the picture there is more paper: so ink differs
-    # most from what is around it. Light and shadow differ as much to one side as to the other.
-    wide = np.pad(view, max(view.shape) // 4, mode='edge')
-    differs = wide - ndimage.uniform_filter(wide, max(wide.shape) // 4 | 1, mode='nearest')
-    differs -= np.median(differs)
-    return 255 - view if (differs * np.abs(differs)).sum() > 0 else view
-
-
-def find_ink(view):
-    """Takes paper and light away from grey levels, 0 to 255: float32 [height, width], dark ink.
-
-    Returns:
-        ink: float32 array [height, width], 0 is paper, 1 ink.
-        is_ink: bool array [height, width].
-        contrast: how much darker ink is than paper, in grey levels.
-    """
-    # The paper: what is dark and narrower than a window is filled up. A window as large as the
-    # picture is wider than any stroke, a small one follows the edge of a shadow: take a smaller one
-    # if its ink stands out better. Ink along much of the border is shadow.
-    if np.ptp(view) < 1:
-        raise ValueError('no digit: it has one brightness all over, no ink or nothing but ink')
-    papers = (ndimage.grey_closing(view, [max(view.shape) // part | 1] * 2, mode='nearest')
-              for part in (1, 2, 4, 8))
-    best, found = 0, None
-    for ink in (paper - view for paper in papers):
-        if np.ptp(ink) < 1:
-            continue
-        threshold = otsu_threshold(ink)
-        is_ink = ink >= threshold
-        share, contrast = is_ink.mean(), ink[is_ink].mean() - ink[~is_ink].mean()
-        separation = share * (1 - share) * contrast ** 2 / ink.var()  # Otsu's, at most 1
-        border = np.concatenate([is_ink[0], is_ink[-1], is_ink[:, 0], is_ink[:, -1]])
-        if separation * contrast > 1.1 * best and border.mean() < 0.4:
-            best, found = separation * contrast, (ink, is_ink, contrast, threshold)
-    if found is None:
-        raise ValueError(NOTHING)
-    ink, is_ink, contrast, threshold = found
-
-    paper = np.median(ink[~is_ink])
-    unrest = 1.48 * np.median(np.abs(ink[~is_ink] - paper))  # the paper's standard deviation
-    if contrast < max(6, 5 * unrest):
-        raise ValueError(NOTHING)
-    fainter = ink > 0.75 * threshold + 0.25 * paper  # there, a stroke goes on
-    is_ink = ndimage.binary_propagation(is_ink, TOUCHING, mask=fainter)
-    return np.clip((ink - paper) / (np.median(ink[is_ink]) - paper), 0, 1), is_ink, contrast
-
-
-def otsu_threshold(ink):
-    """The grey level that parts ink and paper into the two most separate groups.
-
-    N. Otsu, "A threshold selection method from gray-level histograms", 1979.
-    """
-    counts = np.bincount((ink - ink.min()).astype(int).ravel())
-    below, sums = np.cumsum(counts), np.cumsum(counts * np.arange(counts.size))
-    between = (sums[-1] / below[-1] * below - sums)[:-1] ** 2 / (below * (below[-1] - below))[:-1]
-    return ink.min() + 1 + between.argmax()
-
-
-def digit_pieces(is_ink):
-    """Drops what is not the digit: bool [height, width] in and out, and the number of digits."""
-    numbers, count = ndimage.label(is_ink, TOUCHING)
-    boxes = ndimage.find_objects(numbers)
-    heights, widths = np.array([lengths(box) for box in boxes]).T
-    sizes, areas = np.maximum(heights, widths), np.bincount(numbers.ravel())[1:]
-
-    # What runs along the border is the sheet's edge, or a shadow; what is much smaller is a speck.
-    border = np.concatenate([numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]])
-    along = np.bincount(border, minlength=count + 1)[1:] > 0.5 * sizes
-    if along.all():
-        along = areas > 0.4 * heights * widths  # a digit that is cut off does not fill its box
-    areas[along] = 0
-    if not areas.any():
-        raise ValueError(NOTHING)
-    largest = areas.argmax()
-    areas[areas < 0.05 * areas[largest]] = 0
-
-    # Digits stand side by side: they share no column, and none is much taller than another.
-    tall = np.flatnonzero((areas > 0) & (heights >= 0.5 * heights[areas > 0].max()))
-    digits = end = 0
-    for columns in sorted((boxes[piece][1] for piece in tall), key=lambda side: side.start):
-        digits += columns.start >= end
-        end = max(end, columns.stop)
-
-    # A 5's bar may stand apart, but near.
-    gaps = np.array([max(max(side.start, other.start) - min(side.stop, other.stop)
-                         for side, other in zip(box, boxes[largest])) for box in boxes])
-    return np.append(False, (areas > 0) & (gaps <= 0.5 * sizes[largest]))[numbers], digits
-
-
-def is_frame(is_digit):
-    """Whether it reaches along all four sides of its box, as a frame, a window or a sheet does."""
-    rows, columns = (math.ceil(0.12 * side) for side in is_digit.shape)
-    return min(is_digit[:rows].any(0).mean(), is_digit[-rows:].any(0).mean(),
-               is_digit[:, :columns].any(1).mean(), is_digit[:, -columns:].any(1).mean()) > 0.8
-
-
-def with_mnists_stroke(ink):
-    """Brings strokes that are thinner or thicker than MNIST's to its thinnest or thickest."""
-    scale = math.ceil(80 / max(ink.shape))  # in few pixels there is little to measure
-    if scale > 1:
-        ink = Image.fromarray(np.pad(ink, 2))
-        ink = np.clip(ink.resize((ink.width * scale, ink.height * scale), Image.BICUBIC), 0, 1)
-    size = max(ink.shape)
-    ink = np.pad(ink, size // 10)
-
-    # A thin line may lie on two rows of pixels, half on each: 0.35 is ink, too. On average over a
-    # stroke, its edge is 0.5 pixels and a quarter of its width away. One in a hundred of MNIST's
-    # digits is thinner than 0.07 of its size, one in fifty thicker than 0.2.
-    depth = ndimage.distance_transform_edt(ink > 0.35)
-    width = 4 * depth[depth > 0].mean() - 2
-    if width < 0.07 * size:
-        missing = ndimage.distance_transform_edt(ink <= 0.35) - (0.07 * size - width) / 2
-        return np.maximum(ink, np.clip(1 - missing, 0, 1))
-    if width > 0.2 * size:
-        return np.minimum(ink, np.clip(depth - (width - 0.2 * size) / 2, 0, 1))
-    return ink
-
-
-def in_28x28(ink):
-    """Scales ink to fit into 20x20, and places its centre of mass in the middle of 28x28."""
-    ink = ink[box_of(ink > 0.3)].astype(np.float32)
-    height, width = (max(1, round(side * 20 / max(ink.shape))) for side in ink.shape)
-    digit = np.asarray(Image.fromarray(ink).resize((width, height), Image.BOX))
-    top, left = (min(max(round(13.5 - centre), 0), 28 - side)
-                 for centre, side in zip(ndimage.center_of_mass(digit), digit.shape))
-    image = np.zeros([28, 28], np.float32)
-    image[top:top + height, left:left + width] = digit / digit.max()
-    return image
-
-
-def box_of(mask):
-    """The rows and the columns, two slices, of all True pixels."""
-    return ndimage.find_objects(mask.astype(np.uint8))[0]
-
-
-def lengths(box):
-    """A box's height and width."""
-    return [side.stop - side.start for side in box]
 
 
 def main(argv=None):
@@ -332,45 +74,6 @@ def answer(probabilities):
 
 # The tutorial ends here. The rest is for files and flags.
 
-MAX_PIXELS = 50_000_000  # a picture that promises more is not unpacked
-MAX_BYTES = 100_000_000  # nor is a larger file read
-KINDS = ('PNG', 'JPEG', 'GIF', 'BMP', 'WEBP', 'TIFF')  # of the many that Pillow knows
-
-
-def open_picture(file):
-    """Opens a picture, the first one of an animation, and turns it as its camera was held.
-
-    Args:
-        file: a path, or a binary file that is open for reading.
-
-    Returns:
-        A Pillow image. A large JPEG is unpacked in a half, a quarter or an eighth of its size.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: what it holds is no picture, is damaged, or is too large.
-    """
-    if isinstance(file, (str, os.PathLike)):
-        if os.path.exists(file) and not os.path.isfile(file):  # a pipe or a device may never end
-            raise ValueError('a folder, a pipe or a device, expected a picture file')
-        with open(file, 'rb') as f:
-            return open_picture(f)
-    body = file.read(MAX_BYTES + 1)
-    if not 0 < len(body) <= MAX_BYTES:
-        raise ValueError(f'{len(body):,} bytes, expected 1 to {MAX_BYTES:,}')
-    try:
-        picture = Image.open(io.BytesIO(body), formats=KINDS)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f'it has {picture.width:,} x {picture.height:,} pixels, expected at '
-                             f'most {MAX_PIXELS:,}')
-        picture.draft('L', (4 * VIEW, 4 * VIEW))
-        return ImageOps.exif_transpose(picture)
-    except Image.UnidentifiedImageError:
-        raise ValueError(f'it begins with {body[:12]!r}, expected {", ".join(KINDS)}: save it as '
-                         'JPEG or PNG') from None
-    except Exception as error:  # of all kinds, if a file is damaged
-        raise ValueError(f'it cannot be unpacked: {error}; save it anew as JPEG or PNG') from None
-
 
 def show(images, names, folder):
     """Writes what the network sees, float32 [n, 784], into a folder, as PNG of 280x280 pixels.
@@ -392,17 +95,17 @@ def show(images, names, folder):
 
 
 def parse_flags(argv):
-    """The command line's flags; ends the program with one line if they are wrong."""
+    """The command line's flags."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.replace('%', '%%'))
-    parser.add_argument('pictures', nargs='+', metavar='PICTURE',
+    parser.add_argument('pictures', nargs='+', metavar='PICTURE', type=os.path.expanduser,
                         help='a PNG, JPEG, GIF, BMP, WebP or TIFF file, or - for one on standard '
                         'input')
-    parser.add_argument('--model_dir', default='model', metavar='FOLDER',
+    parser.add_argument('--model_dir', default='model', metavar='FOLDER', type=os.path.expanduser,
                         help='where mnist_deep.py --model_dir has put its checkpoints (default: '
                         '%(default)s)')
-    parser.add_argument('--show', metavar='FOLDER',
+    parser.add_argument('--show', metavar='FOLDER', type=os.path.expanduser,
                         help='also write here what the network sees of each picture, ten times '
                         'enlarged; no file is replaced')
     return parser.parse_args(argv)

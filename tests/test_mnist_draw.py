@@ -184,7 +184,7 @@ def test_a_port_that_is_taken_and_a_folder_without_a_network_are_one_line(proces
 
 @pytest.mark.parametrize('number', [-1, 65536])
 def test_a_port_out_of_range_is_refused(number):
-    with pytest.raises(ValueError, match=f'argument --port: {number} is not a number from 0 to'):
+    with pytest.raises(OSError, match=f'--port {number}: .*must be 0-65535.*; name another'):
         mnist_draw.main([f'--port={number}'])
 
 
