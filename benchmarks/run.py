@@ -78,18 +78,17 @@ def table(result):
     if result['ratios']:
         lines += ['', '| ratio | median |', '|---|---:|']
     for ratio in result['ratios']:
-        values = ratio['all']
-        spread = f' ({min(values):.2f} to {max(values):.2f})' if len(values) > 1 else ''
+        least, most = min(ratio['all']), max(ratio['all'])
+        spread = f' ({least:.2f} to {most:.2f})' if len(ratio['all']) > 1 else ''
         lines.append(f'| {ratio["of"]} | {ratio["median"]:.2f}{spread} |')
     return '\n'.join(lines)
 
 
 def digits(number):
-    """Three digits of a number; shares near 100 % keep their tenths, and None is empty."""
+    """About three digits of a number, as text; None is empty."""
     if number is None:
         return ''
-    return f'{number:,.1f}' if 10 <= number < 100 else (
-        f'{number:,.0f}' if number >= 100 else f'{number:.3g}')
+    return f'{number:.3g}' if number < 10 else f'{number:,.{int(number < 100)}f}'
 
 
 def machine():
