@@ -22,7 +22,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-def compete(title, contestants, rounds, ratios):
+def compete(title, contestants, rounds, ratios, quick=False):
     """Runs the contestants in rounds; returns the benchmark's results.
 
     Args:
@@ -30,7 +30,11 @@ def compete(title, contestants, rounds, ratios):
         contestants: name -> (package that it needs or None, function in contestants.py, arguments).
         rounds: how often each one runs.
         ratios: (figure, name, other name): what to divide by what.
+        quick: True for one round of one contestant of each function.
     """
+    if quick:
+        contestants = dict({one[1]: (name, one) for name, one in contestants.items()}.values())
+        rounds, ratios = 1, []
     results = {name: [] for name in contestants}
     failures = {}
     for number in range(rounds):
@@ -108,8 +112,8 @@ def loader(quick, _):
     """Loading and minibatches."""
     ours, old, epochs = 'this project', 'the 1.x way', {'epochs': 1 if quick else 20}
     return compete('Loader', {
-        ours: (None, 'loader_ours', epochs), old: (None, 'loader_1x', epochs)}, 1 if quick else 5,
-        [(figure, ours, old) for figure in ('load s', 'batch us', 'memory MB')])
+        ours: (None, 'loader_ours', epochs), old: (None, 'loader_1x', epochs)}, 5,
+        [(figure, ours, old) for figure in ('load s', 'batch us', 'memory MB')], quick)
 
 
 def step(quick, _):
@@ -120,8 +124,9 @@ def step(quick, _):
         ours: (None, 'step_ours', steps),
         ours16: (None, 'step_ours', {**steps, 'bfloat16': True}),
         'Keras fit': ('keras', 'step_keras', steps),
-        'PyTorch': ('torch', 'step_torch', steps)}, 1 if quick else 5,
-        [('step ms', ours, 'Keras fit'), ('step ms', ours, 'PyTorch'), ('step ms', ours16, ours)])
+        'PyTorch': ('torch', 'step_torch', steps)}, 5,
+        [('step ms', ours, 'Keras fit'), ('step ms', ours, 'PyTorch'), ('step ms', ours16, ours)],
+        quick)
 
 
 def evaluation(quick, _):
@@ -129,8 +134,8 @@ def evaluation(quick, _):
     one, other = 'in batches of 200', 'all at once'
     return compete('Test accuracy of 10,000 images', {
         one: (None, 'evaluation', {'at_once': False}),
-        other: (None, 'evaluation', {'at_once': True})}, 1 if quick else 5,
-        [(figure, one, other) for figure in ('evaluation s', 'peak MB')])
+        other: (None, 'evaluation', {'at_once': True})}, 5,
+        [(figure, one, other) for figure in ('evaluation s', 'peak MB')], quick)
 
 
 def whole(quick, _):
@@ -140,8 +145,8 @@ def whole(quick, _):
              'bfloat16, --model_dir': ['--bfloat16', kept]}
     return compete(f'mnist_deep.py, {steps:,} steps', {
         name: (None, 'whole_run', {'steps': steps, 'flags': flags[name]}) for name in flags},
-        1 if quick else 3,
-        [('s', 'bfloat16', 'float32'), ('s', 'float32, --model_dir', 'float32')])
+        3,
+        [('s', 'bfloat16', 'float32'), ('s', 'float32, --model_dir', 'float32')], quick)
 
 
 def pictures(quick, model_dir):
@@ -155,7 +160,7 @@ def pictures(quick, model_dir):
                                         1 if quick else 20)):
         contestants[name] = None, 'predict', {'model_dir': model_dir, 'height': height,
                                               'width': width, 'pictures': count}
-    return compete('mnist_predict.py', contestants, 1, [])
+    return compete('mnist_predict.py', contestants, 1, [], quick)
 
 
 def workers(quick, _):
@@ -167,7 +172,7 @@ def workers(quick, _):
         for name, script, flags in ((alone, 'mnist_deep.py', []),
                                     (one, 'mnist_replica.py', ['--workers=1']),
                                     (two, 'mnist_replica.py', ['--workers=2']))},
-        1 if quick else 3, [('step ms', one, alone), ('images per s', two, one)])
+        3, [('step ms', one, alone), ('images per s', two, one)], quick)
 
 
 BENCHMARKS = {'loader': loader, 'step': step, 'evaluation': evaluation, 'whole': whole,
@@ -178,7 +183,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', action='store_true',
-                        help='a minute: one round on small sizes, to see that all of it runs')
+                        help='half a minute: one contestant of each kind, in small')
     parser.add_argument('--only', choices=BENCHMARKS, help='one benchmark alone')
     parser.add_argument('--model_dir', metavar='FOLDER', default='model', help='the network that '
                         'reads pictures, trained by mnist_deep.py (default: %(default)s)')

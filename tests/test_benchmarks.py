@@ -1,5 +1,7 @@
 """The benchmarks: they run, and their tables have every contestant."""
 
+import json
+import subprocess
 import sys
 
 import pytest
@@ -16,8 +18,8 @@ def results(trained):
     return {name: benchmark(True, str(trained[0])) for name, benchmark in run.BENCHMARKS.items()}
 
 
-def test_every_benchmark_has_a_figure_above_0_of_each_contestant(results):
-    for result, count in zip(results.values(), [2, 4, 2, 4, 5, 3]):
+def test_every_benchmark_has_a_figure_above_0_of_each_kind_of_contestant(results):
+    for result, count in zip(results.values(), [2, 3, 1, 1, 2, 1]):
         for reason in result['failures'].values():
             assert reason.startswith('skipped')
         assert len(result['medians']) + len(result['failures']) == count
@@ -30,13 +32,26 @@ def test_every_benchmark_has_a_figure_above_0_of_each_contestant(results):
 
 def test_tables_are_markdown_with_rows_of_one_width(results):
     for result in results.values():
+        result = {**result, 'ratios': [{'of': 'one to two', 'median': 1.0, 'all': [0.9, 1.0, 1.1]},
+                                       {'of': 'once', 'median': 2.0, 'all': [2.0]}]}
         title, *tables = run.table(result).split('\n\n')
-        assert title == f'**{result["title"]}**' and len(tables) == 1 + bool(result['ratios'])
+        assert title == f'**{result["title"]}**' and len(tables) == 2
+        assert '| one to two | 1.00 (0.90 to 1.10) |\n| once | 2.00 |' in tables[1]
         for table in tables:
             assert len({line.count('|') for line in table.splitlines()}) == 1
             assert set(table.splitlines()[1]) == set('|-:')
         for name in [*result['medians'], *result['failures']]:
             assert f'| {name} | ' in tables[0]
+
+
+def test_ratios_are_taken_within_a_round(monkeypatch):
+    figures = iter([2, 4, 9, 3])
+    monkeypatch.setattr(run.subprocess, 'run', lambda *args, **kwargs: subprocess.CompletedProcess(
+        args, 0, json.dumps({'s': next(figures)}), ''))
+    result = run.compete('Title', {'a': (None, 'f', {}), 'b': (None, 'f', {})}, 2,
+                         [('s', 'a', 'b')])
+    assert result['ratios'] == [{'of': 's: a to b', 'all': [0.5, 3], 'median': 1.75}]
+    assert result['medians'] == {'a': {'s': 5.5}, 'b': {'s': 3.5}}
 
 
 def test_the_command_runs_one_benchmark_alone():
