@@ -6,7 +6,8 @@ import numpy as np
 from scipy import ndimage
 from selenium import webdriver
 
-CHROMIUM, DRIVER = shutil.which('chromium'), shutil.which('chromedriver')
+CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
+DRIVER = shutil.which('chromedriver')
 
 
 def start_chromium(profile, width=1400, height=1000):
