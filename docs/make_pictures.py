@@ -1,0 +1,139 @@
+"""Makes the pictures of README.md and docs: `python docs/make_pictures.py --model_dir model`.
+
+digits.png: training digits as the loader gives them, ink dark.
+weights.png: what softmax regression learns for each class, 0 to 9: blue speaks for it, red against.
+digit.png: one test digit as a scanner would give it, dark on white, larger: a digit to read.
+photographs.png: three photographs of digits and three drawings, and below each what the network
+    sees of it.
+drawing.png: the page of mnist_draw.py with a 6; only with --model_dir, a trained network, and if
+    there is a Chromium (Debian's packages chromium and chromium-driver).
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image, ImageOps
+from selenium.webdriver import ActionChains
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+
+import browser  # noqa: E402 (the path comes first)
+import photographs  # noqa: E402
+
+import input_data  # noqa: E402
+import mnist_softmax  # noqa: E402
+import pictures  # noqa: E402
+
+DRAWING_SIZE = 1080, 755  # pixels of drawing.png: wide enough for the page's three columns
+
+tf = mnist_softmax.tf
+
+
+def tiles(images, columns, scale, background):
+    """One picture of many: images [n, height, width, channels], in rows, each pixel a square."""
+    images = np.pad(images, [(0, 0), (0, 2), (0, 2), (0, 0)], constant_values=background)
+    n, height, width, channels = images.shape
+    grid = images.reshape(n // columns, columns, height, width, channels)
+    grid = grid.transpose(0, 2, 1, 3, 4).reshape(n // columns * height, columns * width, channels)
+    return grid.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def learned_weights(mnist):
+    """The weights [784, 10] that the tutorial's first part learns in its 1,000 steps."""
+    with tf.Graph().as_default(), tf.Session() as sess:
+        x = tf.placeholder(tf.float32, shape=[None, 784])
+        y_ = tf.placeholder(tf.float32, shape=[None, 10])
+        W = tf.Variable(tf.zeros([784, 10]))
+        b = tf.Variable(tf.zeros([10]))
+        cross_entropy = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(
+            labels=y_, logits=tf.matmul(x, W) + b))
+        train_step = tf.train.GradientDescentOptimizer(0.5).minimize(cross_entropy)
+        sess.run(tf.global_variables_initializer())
+        for _ in range(1000):
+            batch = mnist.train.next_batch(100)
+            train_step.run(feed_dict={x: batch[0], y_: batch[1]})
+        return W.eval()
+
+
+def photographs_and_what_is_seen(mnist):
+    """Pictures, 168 pixels wide and high at most, above the 28x28 pixels that are seen of them.
+
+    Ink on paper, chalk on a board, a digit far in a corner; a thin pen, a thick one, a dark panel.
+    """
+    camera = photographs.Camera(seed=4)
+    pages = [Image.fromarray(camera.paste(mnist.test.images[number], size, light_ink)[..., 0])
+             for number, size, light_ink in ((1, 150, False), (2, 160, True), (4, 90, False))]
+    pages += [photographs.drawn(9, pen=1), photographs.drawn(5, pen=40),
+              ImageOps.expand(photographs.drawn(3, shades=(40, 230)), 40, fill=255)]
+    sheet = Image.new('L', (174 * len(pages) - 6, 342), 255)
+    for column, page in enumerate(pages):
+        seen = np.round(pictures.normalise(page).reshape(28, 28) * 255).astype(np.uint8)
+        small = page.resize([168 * side // max(page.size) for side in page.size], Image.BOX)
+        sheet.paste(small, (174 * column, 168 - small.height))
+        sheet.paste(Image.fromarray(seen).resize((168, 168), Image.NEAREST), (174 * column, 174))
+    return np.asarray(sheet)[..., np.newaxis] / 255
+
+
+def drawing(model_dir, path):
+    """Saves what a Chromium shows of mnist_draw.py's page when a 6 is drawn."""
+    server = subprocess.Popen([sys.executable, ROOT / 'mnist_draw.py', '--model_dir', model_dir,
+                               '--no_browser', '--port', '0'], stdout=subprocess.PIPE, text=True)
+    with server, tempfile.TemporaryDirectory() as profile:
+        chromium = browser.start_chromium(profile)
+        try:
+            width, height = DRAWING_SIZE
+            chromium.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', {
+                'width': width, 'height': height, 'deviceScaleFactor': 1, 'mobile': False})
+            chromium.get(server.stdout.readline())
+            paper = chromium.find_element('id', 'paper')
+            side = paper.size['width']
+            pen = ActionChains(chromium, duration=0)
+            for stroke in photographs.STROKES[6]:  # aslant, as one writes
+                places = [(round(0.62 * side * (x - 0.5 + 0.5 * (0.5 - y))),
+                           round(0.75 * side * (y - 0.5))) for x, y in stroke]
+                pen.move_to_element_with_offset(paper, *places[0]).click_and_hold()
+                for place in places[1:]:
+                    pen.move_to_element_with_offset(paper, *place)
+                pen.release()
+            pen.perform()
+            while chromium.execute_script('return asking || next'):
+                time.sleep(0.1)
+            chromium.save_screenshot(str(path))
+        finally:
+            chromium.quit()
+            server.terminate()
+
+
+def main(folder=ROOT / 'docs', model_dir=None):
+    """Writes the pictures into the folder; drawing.png with the network in model_dir."""
+    mnist = input_data.read_data_sets(ROOT / 'MNIST_data', one_hot=True, seed=0)
+    digits = 1 - mnist.train.next_batch(48, shuffle=False)[0].reshape(48, 28, 28, 1)
+
+    weights = learned_weights(mnist).T.reshape(10, 28, 28)
+    strength = np.clip(weights / np.abs(weights).max() * 1.5, -1, 1)[..., np.newaxis]
+    red, blue = np.array([0.8, 0.1, 0.1]), np.array([0.1, 0.2, 0.8])
+    colours = np.where(strength > 0, 1 - strength * (1 - blue), 1 + strength * (1 - red))
+
+    digit = 1 - mnist.test.next_batch(1, shuffle=False)[0].reshape(1, 28, 28, 1)
+
+    with tf.Session() as sess:
+        for name, picture in [('digits', tiles(digits, columns=12, scale=2, background=1)),
+                              ('weights', tiles(colours, columns=5, scale=4, background=1)),
+                              ('digit', digit[0].repeat(4, axis=0).repeat(4, axis=1)),
+                              ('photographs', photographs_and_what_is_seen(mnist))]:
+            png = sess.run(tf.image.encode_png(np.round(picture * 255).astype(np.uint8)))
+            (pathlib.Path(folder) / f'{name}.png').write_bytes(png)
+    if model_dir and browser.CHROMIUM and browser.DRIVER:
+        drawing(model_dir, pathlib.Path(folder) / 'drawing.png')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--model_dir', metavar='FOLDER', help='of a trained network')
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,343 @@
+"""The pages for readers: their Python runs in IPython, their commands, flags and links exist."""
+
+import importlib
+import itertools
+import pathlib
+import re
+import subprocess
+import sys
+
+import make_pictures
+import numpy as np
+import pexpect
+import pytest
+from conftest import DATA, ENVIRONMENT, ROOT, own_lines, python
+from PIL import Image
+
+import mnist_deep
+import mnist_draw
+import mnist_predict
+import mnist_replica
+import mnist_softmax
+
+ENGLISH = ['README.md', 'docs/tutorial.md', 'docs/guide.md']
+KOREAN = ['README.ko.md', 'docs/tutorial.ko.md', 'docs/guide.ko.md']
+PAIRS = list(zip(ENGLISH, KOREAN))
+OTHERS = ['CONTRIBUTING.md', 'MNIST_data/README.md', 'benchmarks/README.md']
+in_both_languages = pytest.mark.parametrize('pages', [ENGLISH, KOREAN], ids=['English', 'Korean'])
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding='utf-8')
+
+
+def blocks(page):
+    """(language, text) of each block of code."""
+    return re.findall(r'^```(\w*)\n(.*?)^```$', read(page), re.MULTILINE | re.DOTALL)
+
+
+def commands(pages):
+    """The blocks that are for a shell."""
+    return [text for page in pages for language, text in blocks(page) if language == 'sh']
+
+
+def sections(page):
+    """(title's level, text) of each section, code blocks left out of the search for titles."""
+    text = read(page)
+    outside = re.sub(r'^```.*?^```$', lambda match: ' ' * len(match[0]), text,
+                     flags=re.MULTILINE | re.DOTALL)
+    starts = [match.start() for match in re.finditer(r'^#+ ', outside, re.MULTILINE)]
+    return [(len(re.match('#+', text[start:])[0]), text[start:end])
+            for start, end in zip(starts, [*starts[1:], len(text)])]
+
+
+def shells(pages):
+    """The Python blocks, in order, of each fresh IPython: it begins with TensorFlow or a script."""
+    cells = [text for page in pages for language, text in blocks(page) if language == 'python']
+    started = []
+    for cell in cells:
+        if re.match(r'import (os|mnist_\w+|input_data\nimport tensorflow)', cell):
+            started.append([])
+        started[-1].append(cell)
+    return started
+
+
+def paste(cells, folder):
+    """Pastes the cells into a real IPython, one after the other; what each one showed."""
+    shell = pexpect.spawn(sys.executable, [
+        '-m', 'IPython', '--simple-prompt', '--no-banner', '--colors=NoColor',
+        '--InteractiveShell.history_length=0', '--HistoryManager.enabled=False'],
+        cwd=str(folder), env={**ENVIRONMENT, 'PYTHONPATH': str(ROOT), 'TERM': 'dumb',
+                              'IPYTHONDIR': str(folder / '.ipython')},
+        encoding='utf-8', timeout=120, echo=False)
+    shell.expect(r'In \[1\]: ')
+    shown = []
+    for cell in cells:
+        # %paste's way into a shell without a clipboard: a cell as it is, then a line that ends it.
+        shell.sendline('%cpaste -q')
+        shell.send(cell)
+        shell.sendline('--')
+        shell.expect(r'In \[\d+\]: ')
+        shown.append(own_lines(shell.before.replace('\r', '')))
+    shell.sendline('exit')
+    shell.expect(pexpect.EOF)
+    return shown
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, trained):
+    """A working folder as a reader has it: the data, the pictures, and a trained model."""
+    folder = tmp_path_factory.mktemp('reader')
+    (folder / 'MNIST_data').symlink_to(DATA)
+    (folder / 'docs').symlink_to(ROOT / 'docs')
+    (folder / 'model').symlink_to(trained[0])
+    return folder
+
+
+@pytest.fixture(scope='module')
+def shown(folder):
+    """What IPython shows for each Python block, in each of the shells."""
+    return [paste([cell.replace('range(20000)', 'range(201)') for cell in cells], folder)
+            for cells in shells(ENGLISH)]
+
+
+# Blocks of Python
+
+def test_a_shell_is_started_for_each_part_and_two_more():
+    assert [len(cells) for cells in shells(ENGLISH)] == [13, 13, 4, 1]
+
+
+def test_every_block_runs_in_ipython_with_no_error_or_warning(shown):
+    for cells in shown[:3]:
+        for text in cells:
+            assert not re.search('error|warning|deprecated|traceback|oneDNN', text, re.IGNORECASE)
+    # The lines for other people's scripts don't keep TensorFlow quiet, but they run.
+    assert not re.search('Error:|Traceback', shown[3][0])
+
+
+def test_blocks_that_promise_no_output_show_none(shown):
+    silent = [text.strip() for cells in shown[:3] for text in cells if not re.search(r'\d', text)]
+    assert set(silent) == {''}
+    assert len(silent) == 30 - 5
+
+
+def test_part_one_shows_its_accuracy(shown):
+    assert 0.9 < float(shown[0][-1]) < 0.93
+
+
+def test_part_two_shows_its_training_and_its_accuracy(shown):
+    lines = shown[1][-1].split('\n')
+    lines = [line for line in lines if line.strip()]
+    assert [line.split(',')[0] for line in lines[:-1]] == ['step 0', 'step 100', 'step 200']
+    for line in lines[:-1]:
+        assert re.fullmatch(r'step \d+, training accuracy [01](\.\d+)?', line)
+    assert float(re.fullmatch(r'test accuracy (0\.\d+)', lines[-1])[1]) > 0.85
+
+
+def test_the_restored_network_reads_both_digits_and_shows_its_features(shown):
+    guide = [text.strip() for language, text in blocks('docs/guide.md') if language == 'text']
+    answers = [text.strip() for text in shown[2][1:]]
+    assert answers == ['[7]', '[7]', '(1, 28, 28, 32)']
+    assert '\n'.join(answers) in '\n'.join(guide)
+
+
+# Commands and flags
+
+@in_both_languages
+def test_commands_are_good_shell_and_name_files_that_exist(pages):
+    assert len(commands(pages)) >= 12
+    for command in commands(pages):
+        result = subprocess.run(['bash', '-n'], input=command, capture_output=True, text=True,
+                                check=False)
+        assert result.returncode == 0 and result.stderr == ''
+        for name in re.findall(r'(?:-r|python3?|sh) ([\w/]+\.\w+)', command):
+            assert (ROOT / name).is_file(), name
+
+
+def test_quick_commands_run(folder):
+    assert 'python mnist_softmax.py --seed 0`' in read('README.md')
+    result = python(ROOT / 'mnist_softmax.py', '--seed', '0', cwd=folder)
+    assert re.fullmatch(r'test accuracy 0\.9[12]\d*\n', result.stdout)
+    assert 'python mnist_predict.py docs/digit.png\n' in '\n'.join(commands(['README.md']))
+    result = python(ROOT / 'mnist_predict.py', 'docs/digit.png', cwd=folder)
+    assert re.fullmatch(r'docs/digit\.png: 7 \(\d+\.\d%\)\n', result.stdout)
+    assert 'tf_upgrade_v2 --infile old.py --outfile new.py\n' in commands(ENGLISH)
+    (folder / 'old.py').write_text('import tensorflow as tf\nx = tf.placeholder(tf.float32)\n')
+    tool = pathlib.Path(sys.executable).with_name('tf_upgrade_v2')
+    subprocess.run([tool, '--infile', 'old.py', '--outfile', 'new.py'], cwd=folder, check=True,
+                   capture_output=True)
+    assert 'tf.compat.v1.placeholder' in (folder / 'new.py').read_text()
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Puts programs that are shell scripts on PATH, before all others; returns the environment."""
+    def path(**programs):
+        folder = tmp_path / 'programs'
+        folder.mkdir()
+        for name, script in programs.items():
+            program = folder / name.replace('_', '-')
+            program.write_text(f'#!/bin/sh\n{script}\n')
+            program.chmod(0o755)
+        return {**ENVIRONMENT, 'PATH': f'{folder}:/usr/bin:/bin'}
+    return path
+
+
+@pytest.mark.parametrize('arguments, installed', [
+    ([], '-r requirements.txt'),
+    (['tests'], '-r requirements.txt -r tests/requirements.txt')])
+@pytest.mark.parametrize('debian_lacks_venv', [False, True])
+def test_setup_makes_the_environment(arguments, installed, debian_lacks_venv, path, tmp_path):
+    log = tmp_path / 'log'
+    environment = path(
+        sudo='"$@"', apt_get=f'echo apt-get "$@" >> {log}',
+        python3=f'[ "$1" = -c ] && exit {int(debian_lacks_venv)}\n'
+                'mkdir -p "$3/bin" && cp "$0-pip" "$3/bin/pip"',
+        python3_pip=f'echo pip "$@" >> {log}')
+    (tmp_path / 'programs' / 'python3-pip').chmod(0o755)
+    (tmp_path / 'setup.sh').write_text(read('setup.sh'))
+    subprocess.run(['sh', tmp_path / 'setup.sh', *arguments], env=environment, cwd='/', check=True)
+    packages = ['apt-get update', 'apt-get install -y python3-venv'] * debian_lacks_venv
+    assert log.read_text().splitlines() == [*packages, f'pip install {installed}']
+    assert (tmp_path / '.venv').is_dir()
+
+
+def run_ci(folder, command, environment):
+    """.ci/run of a project whose README has this one command."""
+    project = folder / 'project'
+    (project / '.ci').mkdir(parents=True)
+    (project / '.ci' / 'run').write_text(read('.ci/run'))
+    (project / 'README.md').write_text(f'```sh\n{command}\n```\n')
+    git = ['git', '-c', 'user.name=x', '-c', 'user.email=x@example.org']
+    for arguments in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'x']):
+        subprocess.run([*git, *arguments], cwd=project, check=True)
+    return subprocess.run(['bash', '.ci/run'], cwd=project, env=environment, capture_output=True,
+                          text=True, check=False)
+
+
+@pytest.mark.parametrize('command, code', [
+    ('echo "== 2 passed ==" # -m pytest', 0),
+    ('echo "SKIPPED [1] x.py: no browser"; echo "== 1 passed, 1 skipped ==" # -m pytest', 1),
+    ('echo "== 1 failed ==" && exit 7 # -m pytest', 7)])
+def test_ci_fails_if_a_test_fails_or_is_skipped(command, code, path, tmp_path):
+    result = run_ci(tmp_path, command, path(chromium='', chromedriver=''))
+    assert result.returncode == code
+    assert result.stdout.splitlines()[-1].startswith('== ')
+    assert ('tests were skipped' in result.stderr) == (code == 1)
+
+
+def test_ci_installs_chromium_or_says_that_it_cannot(path, tmp_path):
+    environment = path(apt_get='echo "$@"; [ "$1" = update ]', sudo='"$@"')
+    for name in ('awk', 'bash', 'dirname', 'git', 'sh'):
+        found = subprocess.run(['which', name], capture_output=True, text=True, check=True)
+        (tmp_path / 'programs' / name).symlink_to(found.stdout.strip())
+    environment['PATH'] = str(tmp_path / 'programs')  # where no browser is
+    result = run_ci(tmp_path, 'echo "== 2 passed ==" # -m pytest', environment)
+    assert result.returncode == 1
+    assert 'install -y --no-install-recommends chromium chromium-driver' in result.stdout
+    assert 'cannot install chromium and chromium-driver' in result.stderr
+
+
+def test_ci_runs_the_readmes_test_command():
+    result = subprocess.run(['bash', '.ci/run', '--print'], cwd=ROOT, capture_output=True,
+                            text=True, check=False)
+    assert result.returncode == 0
+    assert result.stdout in commands(['README.md']) and 'pytest' in result.stdout
+
+
+@in_both_languages
+def test_every_flag_they_name_exists_and_every_flag_is_named(pages):
+    text = '\n'.join(map(read, pages))
+    table = re.findall(r'^\| `(--\w+)` \| (\S+)', text, re.MULTILINE)
+    softmax, deep, predict, replica, draw = ({f'--{name}' for name in vars(flags)} for flags in (
+        mnist_softmax.parse_flags([]), mnist_deep.flag_parser('').parse_args([]),
+        mnist_predict.parse_flags(['picture']), mnist_replica.parse_flags([]),
+        mnist_draw.parse_flags([])))
+    assert {flag for flag, _ in table} == deep
+    assert {flag for flag, of in table if 'mnist_deep' not in of} == softmax
+    known = deep | predict - {'--pictures'} | replica | draw
+    assert {'--show', '--workers', '--sync_replicas', '--port', '--no_browser'} <= known
+    named = set(re.findall(r'(?<![\w-])--\w[\w-]*', text))
+    assert known <= named <= known | {'--dist', '--logdir', '--infile', '--outfile', '--help'}
+
+
+# Pages
+
+def test_the_front_page_is_short_and_names_every_file():
+    assert len(read('README.md').splitlines()) <= 150 >= len(read('README.ko.md').splitlines())
+    for page, path in itertools.product(('README.md', 'README.ko.md'), ROOT.glob('*.py')):
+        assert f'`{path.name}`' in read(page)
+
+
+@pytest.mark.parametrize('page, other', PAIRS)
+def test_both_languages_have_the_same_blocks_and_sections(page, other):
+    assert blocks(page) == blocks(other)
+    assert [level for level, _ in sections(page)] == [level for level, _ in sections(other)]
+    for (_, one), (_, two) in zip(sections(page), sections(other)):
+        assert one.count('```') == two.count('```')
+        assert one.count('\n|') == two.count('\n|')
+        assert re.findall(r'!\[.*?\]\((.*?)\)', one, re.DOTALL) == re.findall(
+            r'!\[.*?\]\((.*?)\)', two, re.DOTALL)
+
+
+def test_pages_are_linked_at_the_top_with_the_other_language():
+    for page, other in PAIRS + [pair[::-1] for pair in PAIRS]:
+        assert f']({pathlib.Path(other).name})' in '\n'.join(read(page).splitlines()[:5])
+
+
+def anchors(page):
+    """What a link can name in a page: its titles, in small letters, without punctuation."""
+    titles = [text.splitlines()[0].lstrip('#').strip().lower() for _, text in sections(page)]
+    assert len(titles) == len(set(titles))
+    return {re.sub(r'[^\w\- ]', '', title).replace(' ', '-') for title in titles}
+
+
+@pytest.mark.parametrize('page', ENGLISH + KOREAN + OTHERS)
+def test_links_inside_the_repository_resolve(page):
+    links = [link for link in re.findall(r'\]\(([^)]+)\)', read(page)) if '://' not in link]
+    for link in links:
+        name, _, anchor = link.partition('#')
+        linked = (ROOT / page).parent / name if name else ROOT / page
+        assert linked.is_file(), link
+        if anchor:
+            assert anchor in anchors(linked.resolve().relative_to(ROOT)), link
+        if page in KOREAN:  # a Korean page links to Korean pages, and to its own in English
+            name = str(linked.resolve().relative_to(ROOT))
+            assert name not in ENGLISH or (name, page) in PAIRS, link
+
+
+@in_both_languages
+def test_the_loaders_table_has_every_public_name(pages):
+    loader = importlib.import_module('input_data')
+    public = [name for name, value in vars(loader).items() if not name.startswith('_')
+              and getattr(value, '__module__', None) == 'input_data'] + ['DEFAULT_SOURCE_URL']
+    for name in public:
+        assert f'`{name}' in read(pages[2]), name
+
+
+# Pictures
+
+@pytest.mark.parametrize('pages', [ENGLISH])
+def test_every_picture_is_shown(pages):
+    for path in (ROOT / 'docs').glob('*.png'):
+        shown = [page for page in pages if f']({path.name})' in read(page)
+                 or f'](docs/{path.name})' in read(page)]
+        assert shown, path.name
+
+
+def test_pictures_come_from_the_projects_own_code(tmp_path):
+    make_pictures.main(tmp_path)
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert made == sorted({path.name for path in (ROOT / 'docs').glob('*.png')} - {'drawing.png'})
+    for name in made:
+        committed, anew = (np.asarray(Image.open(folder / name), float)
+                           for folder in (ROOT / 'docs', tmp_path))
+        assert committed.shape == anew.shape
+        # Weights differ in the last bits from machine to machine; digits are the files'.
+        exact = name in ('digits.png', 'digit.png')
+        assert np.abs(committed - anew).max() <= (0 if exact else 16)
+
+
+def test_the_screenshot_has_the_size_that_it_is_made_in():
+    with Image.open(ROOT / 'docs' / 'drawing.png') as screenshot:
+        assert screenshot.size == make_pictures.DRAWING_SIZE
