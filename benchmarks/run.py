@@ -112,7 +112,7 @@ def loader(quick, _):
     """Loading and minibatches."""
     ours, old, epochs = 'this project', 'the 1.x way', {'epochs': 1 if quick else 20}
     return compete('Loader', {
-        ours: (None, 'loader_ours', epochs), old: (None, 'loader_1x', epochs)}, 5,
+        ours: (None, 'loader_ours', epochs), old: (None, 'loader_1x', epochs)}, 3,
         [(figure, ours, old) for figure in ('load s', 'batch us', 'memory MB')], quick)
 
 
@@ -124,7 +124,7 @@ def step(quick, _):
         ours: (None, 'step_ours', steps),
         ours16: (None, 'step_ours', {**steps, 'bfloat16': True}),
         'Keras fit': ('keras', 'step_keras', steps),
-        'PyTorch': ('torch', 'step_torch', steps)}, 5,
+        'PyTorch': ('torch', 'step_torch', steps)}, 3,
         [('step ms', ours, 'Keras fit'), ('step ms', ours, 'PyTorch'), ('step ms', ours16, ours)],
         quick)
 
@@ -134,13 +134,13 @@ def evaluation(quick, _):
     one, other = 'in batches of 200', 'all at once'
     return compete('Test accuracy of 10,000 images', {
         one: (None, 'evaluation', {'at_once': False}),
-        other: (None, 'evaluation', {'at_once': True})}, 5,
+        other: (None, 'evaluation', {'at_once': True})}, 3,
         [(figure, one, other) for figure in ('evaluation s', 'peak MB')], quick)
 
 
 def whole(quick, _):
     """mnist_deep.py from start to end."""
-    steps, kept = 3 if quick else 2000, '--model_dir=FOLDER/model'
+    steps, kept = 3 if quick else 1000, '--model_dir=FOLDER/model'
     flags = {'float32': [], 'float32, --model_dir': [kept], 'bfloat16': ['--bfloat16'],
              'bfloat16, --model_dir': ['--bfloat16', kept]}
     return compete(f'mnist_deep.py, {steps:,} steps', {

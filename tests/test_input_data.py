@@ -913,7 +913,7 @@ def test_nothing_is_fetched_beside_a_damaged_file_of_the_users_own_source(copies
 
 @pytest.mark.parametrize('body', [
     gzip.compress(b'\0\0\x08\x03' + b'\0\0\0\1' * 3 + bytes(1 << 26), 1),
-    gzip.compress(b'GIF89a' + bytes(1 << 26), 1)])
+    gzip.compress(b'GIF89a' + bytes(1 << 26), 1)], ids=['labels', 'GIF'])
 def test_a_file_of_something_else_is_refused_before_it_is_unpacked_whole(body):
     tracemalloc.start()
     with pytest.raises(ValueError, match='but it holds more|it begins with'):
@@ -1005,7 +1005,8 @@ def test_a_body_without_an_end_is_read_no_further_than_mnists_could_be(name, mos
     (gzip.compress(idx(np.zeros((60, 9, 7), np.uint8))), 'it sends more than 73,096 bytes'),
     (idx(np.zeros((60, 9, 7), np.uint8)), 'it sends more than 73,096 bytes'),
     (b'<!DOCTYPE html>', 'it begins with'), (b'\x1f\x8b\x08\x08a file name', 'ended'),
-    (b'\0\0\x08\x03\x7f\xff\xff\xff', 'promises .* where 4,294,967,296 are the most')])
+    (b'\0\0\x08\x03\x7f\xff\xff\xff', 'promises .* where 4,294,967,296 are the most')],
+    ids=['gzipped', 'unpacked', 'web page', 'gzip name', 'too large'])
 def test_a_body_without_an_end_is_read_no_further_than_its_header_says(content, reason, tmp_path,
                                                                        mirrors):
     mirrors.folder = write_data_set(tmp_path / 'origin')
