@@ -258,7 +258,8 @@ def _whole_number(name, value, least, most=math.inf):
         error = ValueError
     else:
         return int(value)
-    raise error(f'{name} is {value!r}, expected a whole number from {least} to {most}')
+    limit = f'from {least} to {most}' if most < math.inf else f'from {least} on'
+    raise error(f'{name} is {value!r}, expected a whole number {limit}')
 
 
 def _generator(seed):

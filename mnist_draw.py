@@ -27,7 +27,7 @@ import mnist_deep
 import model_dir
 
 try:
-    from mnist_predict import normalise, open_picture
+    from pictures import normalise, open_picture
 except ImportError as error:  # Pillow and SciPy
     if __name__ != '__main__':
         raise
