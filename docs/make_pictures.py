@@ -5,8 +5,9 @@ weights.png: what softmax regression learns for each class, 0 to 9: blue speaks 
 digit.png: one test digit as a scanner would give it, dark on white, larger: a digit to read.
 photographs.png: three photographs of digits and three drawings, and below each what the network
     sees of it.
-drawing.png: the page of mnist_draw.py with a 6; only with --model_dir, a trained network, and if
-    there is a Chromium (Debian's packages chromium and chromium-driver).
+drawing.png: the page of mnist_draw.py with a 6 that softmax regression takes for a 5; only with
+    --model_dir, a trained network, and if there is a Chromium (Debian's packages chromium and
+    chromium-driver).
 """
 
 import argparse
