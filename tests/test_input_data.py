@@ -674,7 +674,7 @@ def test_without_shuffling_batches_run_through_the_files_order():
 # Arguments
 
 @pytest.mark.parametrize('batch_size, error, message', [
-    (-5, ValueError, 'batch_size is -5, expected a whole number from 0 to inf'),
+    (-5, ValueError, 'batch_size is -5, expected a whole number from 0 on'),
     (2.5, TypeError, 'batch_size is 2.5, expected a whole number'),
     ('50', TypeError, "batch_size is '50'"),
     (None, TypeError, 'batch_size is None')])
@@ -691,7 +691,7 @@ def test_a_bad_batch_size_is_refused_and_uses_nothing_up(batch_size, error, mess
     ({'dtype': np.dtype(float)}, TypeError, "dtype is dtype..float64"),
     ({'dtype': None}, TypeError, 'dtype is None'),
     ({'dtype': 'number'}, TypeError, 'number'),
-    ({'validation_size': -1}, ValueError, 'validation_size is -1, .* from 0 to inf'),
+    ({'validation_size': -1}, ValueError, 'validation_size is -1, .* from 0 on'),
     ({'validation_size': 0.5}, TypeError, 'validation_size is 0.5, expected a whole number'),
     ({'seed': -1}, ValueError, 'seed is -1, expected a whole number from 0 to 4294967295'),
     ({'seed': 2**32}, ValueError, 'seed is 4294967296'),

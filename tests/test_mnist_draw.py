@@ -258,6 +258,21 @@ def test_drawn_digits_are_read_and_cleared(page, trained):
     assert right >= 8  # of a network that has trained for 400 steps
 
 
+def test_a_stroke_that_comes_while_the_paper_is_packed_is_asked_about_next(page):
+    asked = page.execute_async_script("""
+        const [done] = arguments, pack = paper.toBlob.bind(paper), usual = fetch;
+        let asked = 0;
+        paper.toBlob = then => setTimeout(() => pack(then), 100);
+        fetch = (...question) => { asked += 1; return usual(...question); };
+        ask(paper);
+        setTimeout(() => ask(paper), 20);
+        setTimeout(function wait() {
+          if (asking) setTimeout(wait, 10);
+          else done(asked);
+        }, 50);""")
+    assert asked == 2
+
+
 def test_bars_pixels_and_features_are_shown(page):
     assert feature_pictures(page) == []
     draw(page, TEST.images[FIRST[0]])
