@@ -33,7 +33,8 @@ def compete(title, contestants, rounds, ratios, quick=False):
         quick: True for one round of one contestant of each function.
     """
     if quick:
-        contestants = dict({one[1]: (name, one) for name, one in contestants.items()}.values())
+        contestants = dict({one[1]: (name, one)
+                            for name, one in reversed(contestants.items())}.values())
         rounds, ratios = 1, []
     results = {name: [] for name in contestants}
     failures = {}
