@@ -17,9 +17,11 @@ network of your own, with these ports closed to others.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -39,53 +41,61 @@ def main(argv=None):
 
     `argv` are the command line's flags, sys.argv's if None.
 
-    OSError, ValueError: the data or the folder cannot be used; a flag or TF_CONFIG is wrong.
+    Returns:
+        The exit code; 0, or None, when the training is done.
+
+    Raises:
+        OSError, ValueError: the data or the folder cannot be used; a flag or TF_CONFIG is wrong.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; its text says what is kept.
     """
     flags = parse_flags(argv)
-    if os.environ.get(LOCAL):
+    if LOCAL in os.environ:
         end_with_parent()
     elif flags.workers:
         input_data.read_data_sets(flags.data_dir, seed=flags.seed)  # what is wrong is said once
         return run_local_cluster(flags.workers, sys.argv[1:] if argv is None else argv)
-    elif not flags.model_dir:
+    cluster, job, index = read_tf_config()
+    if job == 'worker' and not flags.model_dir and LOCAL not in os.environ:
         raise ValueError('--model_dir: a cluster needs a folder for its checkpoints, to go on from '
                          'when a machine fails')
-    cluster, job, index = read_tf_config()
     try:
-        server = tf.train.Server(cluster, job_name=job, task_index=index,
-                                 config=mnist_deep.session_config(flags.bfloat16))
+        server = tf.train.Server(cluster, job_name=job, task_index=index)
     except tf.errors.OpError:
         raise OSError(f'{cluster.task_address(job, index)}, the address of {job} {index} in '
                       'TF_CONFIG, cannot be used: is it taken, or that of another machine?'
                       ) from None
-    with tf.Graph().as_default():
-        if job == 'ps':
-            return serve(cluster, server, index)
-        return work(flags, cluster, server, index)
+    if job == 'ps':
+        return serve(cluster, server, index)
+    return watch(Worker(flags, cluster, server, index))
 
 
 def serve(cluster, server, index):
     """A parameter server: holds its share of the variables until all workers are done."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to be saved here
-    one_is_done = done_queue(cluster, index).dequeue()
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    chief_is_done = done_queue(index).dequeue()
     with tf.Session(server.target, config=reach_only('ps', index)) as sess:
-        done = []
-        while 0 not in done:  # the chief is the last one that matters
-            done.append(sess.run(one_is_done))
-        # The others end with the same step; one that is gone for good is not waited for.
-        missing = cluster.num_tasks('worker') - len(done)
-        others = threading.Thread(
-            target=lambda: [sess.run(one_is_done) for _ in range(missing)], daemon=True)
-        others.start()
-        others.join(timeout=10)
-        os._exit(0)  # at once: the session may still be waiting for a worker that is gone
+        while not terminated.is_set():
+            with contextlib.suppress(tf.errors.DeadlineExceededError):
+                sess.run(chief_is_done, options=tf.RunOptions(timeout_in_ms=1000))
+                break
+    # The others end after the step that they are at, however long it takes; those that are gone are
+    # not waited for. At SIGTERM, which a whole cluster gets at once, the chief saves first.
+    told = time.monotonic()
+    while there := [at for at in cluster.job_tasks('worker') if not fault_at(at)]:
+        if time.monotonic() > told + PATIENCE:
+            told = time.monotonic()
+            print(f'waiting for the end of the worker at {" and ".join(there)}', file=sys.stderr)
+        time.sleep(0.2)
+    return 128 + signal.SIGTERM if terminated.is_set() else 0
 
 
-def work(flags, cluster, server, index):
+def work(worker):
     """A worker: trains its copy of the graph. Worker 0, the chief, also saves and evaluates."""
-    is_chief = index == 0
-    if flags.seed is not None:
-        flags.seed += index  # an order of minibatches, and a dropout, of its own
+    flags, cluster, index, is_chief = worker.flags, worker.cluster, worker.index, worker.is_chief
+    workers = cluster.num_tasks('worker')
+    if flags.seed is not None:  # an order of minibatches, and a dropout, of its own
+        flags.seed = (flags.seed + index) % 2**32
     tf.set_random_seed(flags.seed)
     mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=flags.seed)
 
@@ -100,32 +110,28 @@ def work(flags, cluster, server, index):
         correct_prediction = tf.equal(tf.argmax(y_conv, 1), tf.argmax(y_, 1))
         accuracy = tf.reduce_mean(tf.cast(correct_prediction, tf.float32))
 
-        optimizer, hooks = tf.train.AdamOptimizer(flags.learning_rate), []
+        optimizer, hooks = tf.train.AdamOptimizer(flags.learning_rate), [worker]
         if flags.sync_replicas:
             # Each step waits for the gradients of all workers, and takes their mean.
-            workers = cluster.num_tasks('worker')
             optimizer = tf.train.SyncReplicasOptimizer(optimizer, workers, workers)
             hooks.append(optimizer.make_session_run_hook(is_chief, num_tokens=0))
-            threading.excepthook = quiet_when_cancelled
-            tf.logging.set_verbosity(tf.logging.FATAL)  # a lost server is told in one line, ours
         global_step = tf.train.get_or_create_global_step()
         with tf.name_scope('adam_optimizer'):
             train_step = optimizer.minimize(cross_entropy, global_step=global_step)
         with tf.control_dependencies([train_step]), tf.device(global_step.device):
             steps_done = global_step.read_value()  # there, after this step, not before
-    i_am_done = [done_queue(cluster, ps).enqueue(index) for ps in range(cluster.num_tasks('ps'))]
+    all_is_done = [done_queue(ps).enqueue(True) for ps in range(cluster.num_tasks('ps'))]
 
-    scaffold, savers, resumes = checkpoints(flags, is_chief)
-    interrupt = Interrupt()
-    creator = PatientSessionCreator(cluster, server, index, flags, scaffold)
-    with tf.train.MonitoredSession(creator, hooks + savers, stop_grace_period_secs=1) as sess:
+    with tf.train.MonitoredSession(worker, hooks, stop_grace_period_secs=1) as sess:
         step = sess.run(global_step)
-        if resumes:
-            print(f'going on from step {step} of {flags.max_steps}', file=sys.stderr)
-        elif not is_chief and not os.environ.get(LOCAL):
+        if flags.seed is not None:  # in its order, each worker goes on after those of its steps
+            for _ in range(step if flags.sync_replicas else step // workers):
+                mnist.train.next_batch(flags.batch_size)
+        if not is_chief and LOCAL not in os.environ:
             print(f'worker {index} joins at step {step}', file=sys.stderr)
-        shown = -100
-        while step < flags.max_steps and not interrupt.pressed:
+
+        shown, stopped = -100, False
+        while step < flags.max_steps and not stopped:
             batch = mnist.train.next_batch(flags.batch_size)
             if is_chief and step // 100 != shown // 100:
                 shown = step
@@ -134,123 +140,190 @@ def work(flags, cluster, server, index):
                 print('step %d, training accuracy %g' % (step, train_accuracy), flush=True)
             step = sess.run([train_step, steps_done], feed_dict={
                 x: batch[0], y_: batch[1], keep_prob: 0.5})[1]
+            stopped = worker.stopped
+            if worker.save_is_due(step, stopped):  # if a server is lost meanwhile, that is repeated
+                step = sess.run_step_fn(lambda step_context: worker.save(step_context.session))
 
-        if is_chief and not interrupt.pressed:
+        if is_chief and not stopped:
             correct = 0
-            try:
-                for images, labels in mnist_deep.in_batches(mnist.test):
-                    correct += sess.run(correct_prediction, feed_dict={
-                        x: images, y_: labels, keep_prob: 1.0}).sum()
-                print('test accuracy %g' % (correct / mnist.test.num_examples), flush=True)
-            except KeyboardInterrupt:
-                interrupt.pressed = True  # the session's end saves the network first
-    if interrupt.pressed:
-        kept = f', kept in {flags.model_dir}' if is_chief and flags.model_dir else ''
-        raise KeyboardInterrupt(f'stopped at step {step}{kept}')
-    with tf.Session(server.target, config=reach_only('worker', index)) as sess:
-        for one_knows in i_am_done:
-            try:
-                sess.run(one_knows)
-            except tf.errors.UnavailableError:
-                pass  # that server knew, and ended before its answer came
+            for images, labels in mnist_deep.in_batches(mnist.test):
+                correct += sess.run(correct_prediction, feed_dict={
+                    x: images, y_: labels, keep_prob: 1.0}).sum()
+            print('test accuracy %g' % (correct / mnist.test.num_examples), flush=True)
+            sess.run(all_is_done)
 
 
-# The tutorial ends here. The rest is for the cluster: checkpoints, sessions, TF_CONFIG, processes
-# and flags.
+# The tutorial ends here. The rest is for the cluster: sessions, checkpoints, waiting, TF_CONFIG,
+# processes and flags.
 
 
-def checkpoints(flags, is_chief):
-    """What restores and saves the network; to be called when the graph is complete.
+class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
+    """A worker's sessions, and the chief's checkpoints.
 
-    Returns:
-        scaffold: tf.train.Scaffold, whose saver gives the checkpoints the names of mnist_deep.py.
-        hooks: list, the hook that saves; empty for those who don't.
-        resumes: whether there is a checkpoint to go on from.
-    """
-    variables = {('adam_optimizer/' if v.op.name.startswith('beta') else '') + v.op.name: v
-                 for v in tf.global_variables()}
-    scaffold = tf.train.Scaffold(saver=tf.train.Saver(
-        variables, max_to_keep=2, save_relative_paths=True))
-    if not is_chief or not flags.model_dir:
-        return scaffold, [], False
-    model_dir.claim(flags.model_dir)
-    resumes = model_dir.find_checkpoint(flags.model_dir, variables) is not None
-    hook = tf.train.CheckpointSaverHook(
-        flags.model_dir, save_steps=flags.save_checkpoints_steps, scaffold=scaffold,
-        checkpoint_basename=model_dir.CHECKPOINT, save_graph_def=False)
-    return scaffold, [hook], resumes
-
-
-class PatientSessionCreator(tf.train.SessionCreator):
-    """Creates a worker's session, at the start and again after a parameter server was lost.
-
-    The chief initialises the variables, or restores the newest checkpoint; the other workers wait
-    for that. tf.train.MonitoredTrainingSession would let them look every 30 seconds only, which can
-    be longer than a whole training.
+    TensorFlow asks for a session at the start, and again after a parameter server was lost.
+    tf.train.MonitoredTrainingSession would look for the chief every 30 seconds only, which can be
+    longer than a whole training, and would restore the newest checkpoint even if it is damaged.
     """
 
-    def __init__(self, cluster, server, index, flags, scaffold):
-        self.cluster, self.is_chief, self.scaffold = cluster, index == 0, scaffold
-        self.created = False
-        self.session = {'master': server.target,
-                        'config': reach_only('worker', index, flags.bfloat16)}
-        self.chief = tf.train.ChiefSessionCreator(scaffold, checkpoint_dir=flags.model_dir,
-                                                  **self.session)
+    def __init__(self, flags, cluster, server, index):
+        self.flags, self.cluster, self.server, self.index = flags, cluster, server, index
+        self.is_chief = index == 0
+        self.saves = self.is_chief and flags.model_dir is not None
+        self.session, self.joined = None, False  # the present one, and whether one has been there
+        self.heard = None  # when the servers gave an answer for the last time, by time.monotonic
+        self.stopped = False  # whether this step is to be the last one
+        self.saved = None  # how many steps the last checkpoint has
+        if self.saves:
+            self.lock = model_dir.claim(flags.model_dir)  # until this process ends
+            model_dir.make_ready(flags.model_dir)
+
+    def begin(self):
+        """Called when the graph is complete. Checkpoints have the names of mnist_deep.py."""
+        self.variables = {('adam_optimizer/' if v.op.name.startswith('beta') else '') + v.op.name: v
+                          for v in tf.global_variables()}
+        self.saver = tf.train.Saver(self.variables, max_to_keep=2, save_relative_paths=True)
+        self.scaffold = tf.train.Scaffold(saver=self.saver)
+        tf.logging.set_verbosity(tf.logging.FATAL)  # a lost server is told in one line, ours
+        threading.excepthook = quiet_when_cancelled
+        bfloat16 = self.flags.bfloat16 and (
+            mnist_deep.computes_in_bfloat16() or self.is_chief or LOCAL not in os.environ)
+        self.config = reach_only('worker', self.index, bfloat16)
+        self.heard = time.monotonic()
 
     def create_session(self):
-        if self.created:
+        if self.joined:
+            self.session = None
             print('a parameter server was lost; training goes on from the last checkpoint as soon '
                   'as it is back', file=sys.stderr)
-        self.created = True
-        servers = self.cluster.job_tasks('ps')
-        awaited = f'an answer of the parameter server at {" and ".join(servers)}'
-        if not self.is_chief:
-            awaited += f', or the chief, worker 0 at {self.cluster.task_address("worker", 0)}'
-        press = signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save now
+        path = None
+        if self.saves:
+            path = model_dir.find_checkpoint(self.flags.model_dir, self.variables)
+        if self.is_chief:
+            self.session = tf.train.ChiefSessionCreator(
+                self.scaffold, self.server.target, self.config,
+                checkpoint_filename_with_path=path).create_session()
+        else:
+            self.scaffold.finalize()
+            self.session = tf.train.SessionManager(
+                local_init_op=self.scaffold.local_init_op, ready_op=self.scaffold.ready_op,
+                ready_for_local_init_op=self.scaffold.ready_for_local_init_op,
+                recovery_wait_secs=1).wait_for_session(self.server.target, self.config)
+        if path:
+            model_dir.take_over_checkpoints(self.saver, path)
+            self.saved = model_dir.steps_of(path)
+            print(f'going on from step {self.saved} of {self.flags.max_steps}', file=sys.stderr)
+        self.joined = True
+        return self.session
+
+    def after_run(self, run_context, run_values):
+        self.heard = time.monotonic()
+
+    def save_is_due(self, step, stopped):
+        """Whether the chief saves now, after `step` steps."""
+        every = self.flags.save_checkpoints_steps
+        return self.saves and (stopped or step >= self.flags.max_steps
+                               or step // every > (self.saved or 0) // every)
+
+    def save(self, session):
+        """Saves a checkpoint, and returns the number of steps in it.
+
+        OSError: it cannot be written.
+        """
+        prefix = os.path.join(self.flags.model_dir, model_dir.CHECKPOINT)
         try:
-            for address in servers:
-                wait_for_server(address)
-            with telling_what_is_awaited(lambda: awaited):
-                if self.is_chief:
-                    return self.chief.create_session()
-                self.scaffold.finalize()
-                return tf.train.SessionManager(
-                    local_init_op=self.scaffold.local_init_op, ready_op=self.scaffold.ready_op,
-                    ready_for_local_init_op=self.scaffold.ready_for_local_init_op,
-                    recovery_wait_secs=1).wait_for_session(**self.session)
-        finally:
-            signal.signal(signal.SIGINT, press)
+            path = self.saver.save(session, prefix, tf.train.get_global_step(session.graph),
+                                   write_meta_graph=False)
+        except (tf.errors.AbortedError, tf.errors.UnavailableError):
+            raise  # a parameter server was lost
+        except (tf.errors.OpError, OSError, RuntimeError) as error:
+            raise OSError(f'--model_dir {self.flags.model_dir}: no checkpoint can be saved '
+                          f'({model_dir.reason(error)}); those that are there are kept'
+                          ) from error
+        self.saved = model_dir.steps_of(path)
+        return self.saved
 
+    def faults(self):
+        """The tasks without which this worker cannot go on, by name, and what is wrong there.
 
-def wait_for_server(address):
-    """Returns as soon as something listens at host:port."""
-    host, port = address.rsplit(':', 1)
-    reason = None
-    with telling_what_is_awaited(lambda: f'the parameter server at {address} ({reason})'):
-        while True:
-            try:
-                return socket.create_connection((host, int(port)), timeout=5).close()
-            except OSError as error:
-                reason = error
-            time.sleep(0.5)
+        Returns:
+            dict, name and address -> OSError; None where somebody takes connections.
+        """
+        tasks = {f'the parameter server at {address}': address
+                 for address in self.cluster.job_tasks('ps')}
+        for i, address in enumerate(self.cluster.job_tasks('worker')):
+            if i != self.index and (i == 0 or self.flags.sync_replicas):
+                tasks[f'{"" if i else "the chief, "}worker {i} at {address}'] = address
+        return {name: fault_at(address) for name, address in tasks.items()}
+
+    def miss_the_end(self):
+        """Ends a worker whose machine slept, say, while all others ended.
+
+        OSError: by the checkpoints, which it may not see, the training is not done.
+        """
+        newest = model_dir.checkpoints(self.flags.model_dir)[:1]
+        if not newest or model_dir.steps_of(newest[0]) < self.flags.max_steps:
+            raise OSError('the parameter servers and the chief are gone: the training has ended, '
+                          'or failed')
 
 
 PATIENCE = 30  # seconds from one line to the next of a task that waits
 
 
-@contextlib.contextmanager
-def telling_what_is_awaited(what):
-    """Says on standard error, again and again, what is awaited, until the block is done."""
-    done = threading.Event()
-
-    def tell():
-        while not done.wait(PATIENCE):
-            print(f'waiting for {what()}', file=sys.stderr, flush=True)
-    threading.Thread(target=tell, daemon=True).start()
+def watch(worker):
+    """Runs a worker in a thread. The main thread meanwhile tells what the worker waits for, and
+    handles Ctrl-C and SIGTERM: a step may wait for ever, for a machine that is gone.
+    """
+    handle_signals(stop)
+    training = concurrent.futures.ThreadPoolExecutor(1).submit(work, worker)
     try:
-        yield
-    finally:
-        done.set()
+        alone = 0
+        while not concurrent.futures.wait([training], PATIENCE).done:
+            faults = {}
+            if worker.heard and time.monotonic() > worker.heard + PATIENCE:
+                faults = worker.faults()
+                gone = ' and '.join(f'{name} ({fault})' for name, fault in faults.items() if fault)
+                print('waiting for', gone or f'an answer of {", or ".join(faults)}',
+                      file=sys.stderr, flush=True)
+            alone = alone + 1 if faults and all(faults.values()) else 0  # times in a row
+            if alone == 10 and worker.joined and not worker.is_chief:
+                return worker.miss_the_end()
+        training.result()
+    except KeyboardInterrupt as stopped:
+        session = worker.session
+        if worker.saves and session:
+            worker.stopped = True
+            if concurrent.futures.wait([training], 10).done:  # it has saved, after its step
+                training.result()
+            else:
+                with contextlib.suppress(tf.errors.AbortedError, tf.errors.UnavailableError):
+                    worker.save(session)
+        if worker.saved is not None:
+            stopped.args = f'stopped at step {worker.saved}, kept in {worker.flags.model_dir}',
+        raise
+
+
+def handle_signals(handler):
+    """Sets what Ctrl-C and SIGTERM do, unless they are ignored, as in a shell's background job."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def stop(number, _):
+    """Handles a signal: ends what the main thread does. The second one ends the process at once."""
+    signal.signal(number, signal.SIG_DFL)
+    stopped = KeyboardInterrupt()
+    stopped.exit_code = 128 + number
+    raise stopped
+
+
+def fault_at(address):
+    """Why nobody takes connections at host:port, an OSError; None if somebody does."""
+    host, port = address.rsplit(':', 1)
+    try:
+        socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
+    except OSError as error:
+        return error
 
 
 def reach_only(job, index, bfloat16=False):
@@ -260,11 +333,10 @@ def reach_only(job, index, bfloat16=False):
     return config
 
 
-def done_queue(cluster, ps):
-    """The queue on a parameter server to which each worker adds its number when it is done."""
+def done_queue(ps):
+    """The queue on a parameter server to which the chief adds True when all is done."""
     with tf.device(f'/job:ps/task:{ps}'):
-        return tf.FIFOQueue(cluster.num_tasks('worker'), tf.int32, shapes=[[]],
-                            shared_name=f'done_{ps}')
+        return tf.FIFOQueue(1, tf.bool, shapes=[[]], shared_name=f'done_{ps}')
 
 
 def quiet_when_cancelled(error):
@@ -276,23 +348,12 @@ def quiet_when_cancelled(error):
         threading.__excepthook__(error)
 
 
-class Interrupt:
-    """Holds Ctrl-C back until a step is done; pressed again, it ends the process at once."""
-
-    def __init__(self):
-        self.pressed = False
-        signal.signal(signal.SIGINT, self.press)
-
-    def press(self, *_):
-        self.pressed = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def read_tf_config():
     """This task, from TF_CONFIG; ValueError: that is missing or wrong.
 
     The format is that of TensorFlow's distributed training,
     https://www.tensorflow.org/guide/distributed_training#TF_CONFIG; the job "chief" is worker 0.
+    (tf.distribute.cluster_resolver reads it, too, but takes 0.9 and true for an index.)
 
     Returns:
         cluster: tf.train.ClusterSpec of the jobs ps and worker.
@@ -306,28 +367,30 @@ def read_tf_config():
     try:
         config = json.loads(text)
         jobs, job, index = config['cluster'], config['task']['type'], config['task']['index']
-        workers = jobs.get('chief', []) + jobs.get('worker', [])
-        if job == 'worker':
-            index += len(jobs.get('chief', []))
-        elif job == 'chief':
-            job = 'worker'
-        addresses = {'ps': jobs.get('ps', []), 'worker': workers}
-        for address in [*addresses['ps'], *workers]:
+        chiefs = jobs.get('chief', [])
+        addresses = {'ps': jobs.get('ps', []), 'worker': chiefs + jobs.get('worker', [])}
+        cluster = tf.train.ClusterSpec(addresses)
+        for address in addresses['ps'] + addresses['worker']:
             if not 0 < int(address.rsplit(':', 1)[1]) < 65536:
                 raise ValueError(address)
-        if config['task']['type'] not in jobs:
-            job = None
+        sizes = {name: len(tasks) for name, tasks in jobs.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f'TF_CONFIG is {text!r}, expected JSON as in --help, with a cluster of '
                          f'"host:port" addresses and a task ({type(error).__name__}: {error})'
                          ) from None
-    if not addresses['ps'] or not workers:
+    if not all(addresses.values()):
         raise ValueError(f'TF_CONFIG has the jobs {sorted(jobs)}, expected "ps" and "worker", each '
                          'with one address or more')
-    if job not in addresses or not 0 <= config['task']['index'] < len(addresses[job]) > index:
-        raise ValueError(f'TF_CONFIG has the task {config["task"]}, expected one of '
-                         f'{ {name: len(tasks) for name, tasks in jobs.items()} }, counted from 0')
-    return tf.train.ClusterSpec(addresses), job, index
+    if job == 'evaluator':
+        raise ValueError(f'TF_CONFIG has the task {config["task"]}, but this training has no '
+                         'evaluator: its chief evaluates')
+    known = job in ('ps', 'chief', 'worker') and re.fullmatch('[0-9]+', str(index))
+    if not known or int(index) >= sizes.get(job, 0):
+        raise ValueError(f'TF_CONFIG has the task {config["task"]}, expected one of {sizes}, '
+                         'counted from 0')
+    if job == 'ps':
+        return cluster, job, int(index)
+    return cluster, 'worker', int(index) + (len(chiefs) if job == 'worker' else 0)
 
 
 LOCAL = 'MNIST_REPLICA_LOCAL'  # in the environment of the processes that --workers starts
@@ -336,7 +399,8 @@ LOCAL = 'MNIST_REPLICA_LOCAL'  # in the environment of the processes that --work
 def run_local_cluster(workers, argv):
     """Runs a parameter server and workers as processes on this machine, to their end.
 
-    They end when this process does, however that ends: each one reads a pipe from it.
+    They end when this process does, however that ends: each one reads a pipe from it. Returns the
+    exit code.
     """
     tasks = [('ps', 0)] + [('worker', index) for index in range(workers)]
     sockets = [socket.create_server(('127.0.0.1', 0)) for _ in tasks]  # free ports
@@ -348,22 +412,25 @@ def run_local_cluster(workers, argv):
     try:
         for job, index in tasks:
             config = json.dumps({'cluster': cluster, 'task': {'type': job, 'index': index}})
-            processes[job, index] = subprocess.Popen(
+            processes[f'{job} {index}'] = subprocess.Popen(
                 [sys.executable, os.path.abspath(__file__), *argv], stdin=subprocess.PIPE,
                 env={**os.environ, 'TF_CONFIG': config, LOCAL: '1'}, start_new_session=True)
+        server, chief = processes['ps 0'], processes['worker 0']
+        stopped = []
+
+        def tell_chief(number, _):  # it saves, and says so; a second signal ends it at once
+            stopped.append(number)
+            chief.send_signal(number)
+        handle_signals(tell_chief)
         running = True
         while running:
             time.sleep(0.1)
-            running = None in [process.poll() for process in processes.values()]
-            for (job, index), process in processes.items():
-                if process.returncode:
-                    sys.exit(f'{job} {index} has ended with code {process.returncode}, so all end')
-    except KeyboardInterrupt:
-        chief = processes.get(('worker', 0))
-        if chief:
-            chief.send_signal(signal.SIGINT)
-            chief.wait(60)  # it saves, and says so
-        sys.exit(130)
+            running = None in (server.poll(), chief.poll())
+            for task, process in processes.items():
+                if process.poll():
+                    if stopped:
+                        return 128 + stopped[0]
+                    sys.exit(f'{task} has ended with code {process.returncode}, so all end')
     finally:
         for process in reversed(processes.values()):  # the workers first: none is to miss its ps
             process.kill()
@@ -393,8 +460,11 @@ def parse_flags(argv):
     flags = mnist_deep.checked(parser.parse_args(argv))
     if flags.workers is not None and flags.workers < 1:
         raise ValueError(f'argument --workers: {flags.workers} is not a number above 0')
+    if flags.seed is not None and not 0 <= flags.seed < 2**32:
+        raise ValueError(f'argument --seed: {flags.seed} is not from 0 to {2**32 - 1}')
     return flags
 
 
 if __name__ == '__main__':
-    sys.exit(mnist_deep.run(main))
+    # At once: a thread of TensorFlow's may still wait for a machine that is gone.
+    os._exit(mnist_deep.run(main) or 0)

@@ -63,8 +63,7 @@ class ModelDir:
         path = find_checkpoint(self.folder, {v.op.name: v for v in tf.global_variables()})
         if path:
             self.saver.restore(tf.get_default_session(), path)
-            older = reversed(checkpoints(self.folder))
-            self.saver.recover_last_checkpoints([p for p in older if steps_of(p) <= steps_of(path)])
+            take_over_checkpoints(self.saver, path)
             self.saved = steps_of(path)
 
         start, end = self.saved, self.flags.max_steps
@@ -86,11 +85,7 @@ class ModelDir:
 
     def begin(self, start, train):
         """Makes ready for the steps from `start` on."""
-        try:
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            raise OSError(f'--model_dir {self.folder}: {error.strerror}') from error
-        remove_temporary_files(self.folder)  # those of a run that was killed while it saved
+        make_ready(self.folder)
         if start and self.flags.seed is not None:
             draw_again(self.progress, start, train, self.flags.batch_size)
         self.open_writer(start)
@@ -337,6 +332,21 @@ def has_mistakes(folder, step):
                                               for value in event.summary.value):
                     return True
     return False
+
+
+def take_over_checkpoints(saver, path):
+    """Lets a saver count the checkpoints up to this one as its own: it then deletes the oldest."""
+    older = reversed(checkpoints(os.path.dirname(path)))
+    saver.recover_last_checkpoints([p for p in older if steps_of(p) <= steps_of(path)])
+
+
+def make_ready(folder):
+    """Makes a claimed folder ready for checkpoints; OSError: nothing can be written there."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f'--model_dir {folder}: {error.strerror}') from error
+    remove_temporary_files(folder)  # those of a run that was killed while it saved
 
 
 def remove_temporary_files(folder):

@@ -154,6 +154,7 @@ def trained(tmp_path_factory):
 TENSORFLOWS_OWN = re.compile(
     r'[IWEF]\d{4} \d\d:\d\d:\d\d.*\n'  # such as "I0000 00:00:1795646576.76 5306 port.cc:153] ..."
     r'|WARNING: All log messages before absl::InitializeLog\(\) is called .*\n'
+    r'|Additional GRPC error information from remote target .*\n|:(UNKNOWN:|\{"created":).*\n'
     r'|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IWEF] \S+\.cc:\d+\] .*\n')
 
 

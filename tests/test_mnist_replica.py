@@ -1,6 +1,5 @@
 """Part four of the tutorial: many workers, and what happens when one of them dies."""
 
-import contextlib
 import json
 import os
 import re
@@ -14,27 +13,57 @@ import psutil
 import pytest
 from conftest import ENVIRONMENT, ROOT, own_line, own_lines, python, start
 
+import input_data
 import mnist_deep
 import mnist_predict
 import mnist_replica
 
 tf = mnist_deep.tf
 
+HOST = '127.0.0.1'
+try:
+    socket.create_server(('::1', 0), family=socket.AF_INET6).close()
+    HOST6 = '[::1]'
+except OSError:  # a machine without IPv6
+    HOST6 = HOST
+
+# A pause before each minibatch leaves the cores to the tasks that start meanwhile.
+SLOWLY = """
+import os, signal, time, input_data, mnist_deep, mnist_replica
+draw = input_data.DataSet.next_batch
+def next_batch(*arguments, **options):
+    time.sleep(0.02)
+    return draw(*arguments, **options)
+input_data.DataSet.next_batch = next_batch
+"""
+RUN = 'os._exit(mnist_deep.run(mnist_replica.main) or 0)'
+# A task that tells what it waits for every second.
+IMPATIENT = 'assert mnist_replica.PATIENCE == 30\nmnist_replica.PATIENCE = 1'
+# A chief that is killed before it evaluates.
+SHORT_LIVED = """
+def in_batches(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+mnist_deep.in_batches = in_batches
+"""
+
 
 class Cluster:
     """Tasks of a cluster as processes, each with its TF_CONFIG, on free ports of loopback."""
 
-    def __init__(self, workers, flags):
-        self.flags, self.processes = flags, []
-        free = [socket.create_server(('127.0.0.1', 0)) for _ in range(1 + workers)]
-        addresses = [f'127.0.0.1:{bound.getsockname()[1]}' for bound in free]
+    def __init__(self, workers, flags, folder, host=HOST):
+        self.flags, self.folder, self.processes = flags, folder, []
+        free = [listen(f'{host}:0') for _ in range(1 + workers)]
+        addresses = [f'{host}:{bound.getsockname()[1]}' for bound in free]
         for bound in free:
             bound.close()
         self.addresses = {'ps': addresses[:1], 'worker': addresses[1:]}
 
-    def start(self, job, index=0, *flags):
+    def start(self, job, index=0, *flags, code=''):
+        """Starts a task; code: what is done before the script runs."""
         config = json.dumps({'cluster': self.addresses, 'task': {'type': job, 'index': index}})
-        process = start('mnist_replica.py', *self.flags, *flags,
+        if job == 'worker':  # a ps needs no folder
+            flags = ['--model_dir', self.folder, *flags]
+        process = start('-c', f'{SLOWLY}\n{code}\n{RUN}', *self.flags, *flags,
                         env={**ENVIRONMENT, 'TF_CONFIG': config})
         self.processes.append(process)
         return process
@@ -45,15 +74,22 @@ class Cluster:
             process.communicate()
 
 
+def listen(address):
+    """A socket that listens at host:port."""
+    host, port = address.rsplit(':', 1)
+    family = socket.AF_INET6 if host == '[::1]' else socket.AF_INET
+    return socket.create_server((host.strip('[]'), int(port)), family=family)
+
+
 @pytest.fixture
 def cluster(tmp_path, few_digits):
     """Makes clusters that keep their network in the test's folder."""
     made = []
 
-    def make(workers, steps, *flags):
+    def make(workers, steps, *flags, host=HOST):
         made.append(Cluster(workers, [
             '--max_steps', steps, '--seed=1', '--batch_size=5', '--data_dir', few_digits,
-            '--model_dir', tmp_path / 'model', '--save_checkpoints_steps=10', *flags]))
+            '--save_checkpoints_steps=10', *flags], tmp_path / 'model', host))
         return made[-1]
     yield make
     for one in made:
@@ -67,10 +103,15 @@ def until(condition, process):
         time.sleep(0.01)
 
 
+def saved(folder):
+    """The steps of a folder's checkpoints, the oldest first."""
+    return sorted(int(path.stem.rsplit('-', 1)[1])
+                  for path in folder.glob('mnist_deep.ckpt-*.index'))
+
+
 def newest(folder):
     """The step of a folder's newest checkpoint, -1 if it has none."""
-    return max((int(path.stem.rsplit('-', 1)[1])
-                for path in folder.glob('mnist_deep.ckpt-*.index')), default=-1)
+    return max(saved(folder), default=-1)
 
 
 def checkpoint_after(folder, step):
@@ -78,9 +119,16 @@ def checkpoint_after(folder, step):
     return lambda: newest(folder) > step
 
 
+def next_line(process):
+    """The next line on a process's standard error that does not tell what it waits for."""
+    while (line := own_line(process)).startswith('waiting for'):
+        pass
+    return line
+
+
 def joined(process):
     """The step at which a worker has joined."""
-    return int(re.fullmatch(r'worker \d joins at step (\d+)\n', own_line(process))[1])
+    return int(re.fullmatch(r'worker \d joins at step (\d+)\n', next_line(process))[1])
 
 
 def last_step(folder):
@@ -93,22 +141,6 @@ def weights(folder):
 
 
 # On this machine
-
-@pytest.mark.parametrize('steps, mode', [(120, []), (60, ['--sync_replicas'])])
-def test_a_local_cluster_trains_shows_the_tutorials_lines_and_leaves_nothing(steps, mode, tmp_path,
-                                                                             few_digits):
-    flags = ['--seed=1', '--data_dir', few_digits, '--model_dir', tmp_path]
-    result = python('mnist_replica.py', '--workers=2', '--batch_size=20', '--max_steps', steps,
-                    *mode, *flags)
-    assert (result.returncode, result.stderr) == (0, '')
-    *lines, last = result.stdout.splitlines()
-    shown = [re.fullmatch(r'step (\d+), training accuracy [01](\.\d+)?', line) for line in lines]
-    assert [int(match[1]) // 100 for match in shown] == list(range(1 + steps // 100))
-    assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > 0.5
-    assert last_step(tmp_path) == steps if mode else last_step(tmp_path) in (steps, steps + 1)
-    assert not [process for process in psutil.process_iter(['cmdline'])
-                if str(tmp_path) in str(process.info['cmdline'])]
-
 
 TWELVE = ['--seed=3', '--max_steps=12']
 
@@ -133,21 +165,66 @@ def test_one_worker_learns_what_mnist_deep_learns(mode, alone, tmp_path, few_dig
         assert np.allclose(expected[name], found[name], atol=1e-5), name
 
 
-def test_each_script_goes_on_with_what_the_others_have_kept(alone, tmp_path, few_digits, capsys):
+# Notes the labels of each minibatch that a worker draws, in a file named by its number.
+NOTES = """
+import json, os, input_data
+draw = input_data.DataSet.next_batch
+def next_batch(self, size, shuffle=True):
+    batch = draw(self, size, shuffle=shuffle)
+    task = json.loads(os.environ['TF_CONFIG'])['task']
+    if shuffle and task['type'] == 'worker':
+        with open(f'{os.path.dirname(__file__)}/batches-{task["index"]}', 'a') as notes:
+            notes.write(''.join(map(str, batch[1].argmax(1))) + '\\n')
+    return batch
+if 'TF_CONFIG' in os.environ:
+    input_data.DataSet.next_batch = next_batch
+"""
+
+
+@pytest.mark.parametrize('mode, steps, seed, shares', [
+    ([], 220, 2**32 - 1, 2), (['--sync_replicas', '--bfloat16'], 60, 3, 1)])
+def test_a_local_cluster_goes_on_shows_the_tutorials_lines_and_leaves_nothing(
+        mode, steps, seed, shares, alone, tmp_path, few_digits, capsys):
+    (tmp_path / 'sitecustomize.py').write_text(NOTES)
     folder = shutil.copytree(alone[0], tmp_path / 'model')
-    flags = [f'--data_dir={few_digits}', f'--model_dir={folder}']
-    result = python('mnist_replica.py', '--workers=1', '--sync_replicas', '--max_steps=15', *flags)
-    assert (result.returncode, result.stderr) == (0, 'going on from step 12 of 15\n')
-    mnist_deep.main(['--max_steps=18', *flags])
-    assert capsys.readouterr().err == 'going on from step 15 of 18\n'
-    assert last_step(folder) == 18
+    flags = ['--data_dir', str(few_digits), '--model_dir', str(folder)]
+    result = python('mnist_replica.py', '--workers=2', '--batch_size=20', '--max_steps', steps,
+                    '--seed', seed, *mode, *flags,
+                    env={**ENVIRONMENT, 'PYTHONPATH': f'{tmp_path}:{ROOT}',
+                         'ONEDNN_MAX_CPU_ISA': 'AVX512_CORE'})
+    slow = ['--bfloat16: this CPU could only emulate it, slowly; training in float32']
+    assert result.returncode == 0
+    assert result.stderr.splitlines() == (
+        slow * ('--bfloat16' in mode) + [f'going on from step 12 of {steps}'])
+    *lines, last = result.stdout.splitlines()
+    shown = [re.fullmatch(r'step (\d+), training accuracy [01](\.\d+)?', line) for line in lines]
+    assert [int(match[1]) // 100 for match in shown] == list(range(1 + steps // 100))
+    assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > 0.5
+    assert last_step(folder) == steps if mode else last_step(folder) in (steps, steps + 1)
+    assert not [process for process in psutil.process_iter(['cmdline'])
+                if str(folder) in str(process.info['cmdline'])]
+
+    # Each worker has gone on in an order of its own, after its share of the steps.
+    for worker in range(2):
+        train = input_data.read_data_sets(few_digits, seed=(seed + worker) % 2**32).train
+        batches = (tmp_path / f'batches-{worker}').read_text().split()
+        assert batches == [''.join(map(str, train.next_batch(20)[1])) for _ in batches]
+        if mode:  # all that the run drew again, and all that it trained on
+            assert len(batches) == steps
+        else:
+            assert len(batches) > 12 // shares
+
+    # And each other script goes on with what a cluster has kept.
+    mnist_deep.main(['--max_steps', str(steps + 3), *flags])
+    assert re.fullmatch(fr'going on from step \d+ of {steps + 3}\n', capsys.readouterr().err)
+    assert last_step(folder) == steps + 3
     mnist_predict.main([str(ROOT / 'docs' / 'digit.png'), f'--model_dir={folder}'])
     assert re.search(r'digit.png: \d \(', capsys.readouterr().out)
 
 
-def local_cluster(workers, few_digits, folder):
+def local_cluster(workers, few_digits, folder, *flags):
     """A running cluster, and all its processes, while it trains."""
-    process = start('mnist_replica.py', f'--workers={workers}', '--max_steps=100000',
+    process = start('mnist_replica.py', f'--workers={workers}', '--max_steps=100000', *flags,
                     '--batch_size=5', '--data_dir', few_digits, '--model_dir', folder)
     assert process.stdout.readline().startswith('step ')
     children = psutil.Process(process.pid).children(recursive=True)
@@ -155,13 +232,16 @@ def local_cluster(workers, few_digits, folder):
     return process, children
 
 
-def test_ctrl_c_keeps_the_network_and_leaves_no_process(few_digits, tmp_path):
-    process, children = local_cluster(2, few_digits, tmp_path)
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize('number, workers, flags', [(signal.SIGINT, 2, []),
+                                                    (signal.SIGTERM, 1, ['--sync_replicas'])])
+def test_ctrl_c_and_sigterm_keep_the_network_and_leave_no_process(number, workers, flags,
+                                                                  few_digits, tmp_path):
+    process, children = local_cluster(workers, few_digits, tmp_path, *flags)
+    process.send_signal(number)
     errors = own_lines(process.communicate(timeout=60)[1])
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     step = int(re.fullmatch(fr'stopped at step (\d+), kept in {tmp_path}\n', errors)[1])
-    assert abs(last_step(tmp_path) - step) <= 1  # the other worker may have been a step further
+    assert last_step(tmp_path) == step > 0
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
@@ -185,8 +265,9 @@ def test_no_process_outlives_the_one_that_started_it(few_digits, tmp_path):
 # Faults
 
 @pytest.mark.parametrize('mode', [[], ['--sync_replicas']])
-def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path):
-    tasks, model = cluster(2, 100000, *mode), tmp_path / 'model'
+def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path, few_digits):
+    tasks = cluster(2, 100000, *mode, host=HOST6 if mode else HOST)
+    model = tmp_path / 'model'
     server, chief, worker = tasks.start('ps'), tasks.start('worker', 0), tasks.start('worker', 1)
     joined(worker)
 
@@ -195,27 +276,83 @@ def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path):
         until(checkpoint_after(model, newest(model) + 20), chief)
     worker = tasks.start('worker', 1)
     joined(worker)
-    until(checkpoint_after(model, newest(model)), chief)
+    until(checkpoint_after(model, max(newest(model), 0) + 10), chief)
 
+    # With the ps, its steps since the last whole checkpoint are lost.
+    chief.send_signal(signal.SIGSTOP)
     server.kill()
     server.communicate()
-    before = newest(model)
+    *_, before, last = saved(model)
+    damaged = model / f'mnist_deep.ckpt-{last}'
+    with open(f'{damaged}.data-00000-of-00001', 'r+b') as f:
+        f.truncate(1000000)
+    chief.send_signal(signal.SIGCONT)
     server = tasks.start('ps')
     for process in (chief, worker):
         assert own_line(process).startswith('a parameter server was lost; training goes on')
-    until(checkpoint_after(model, before), chief)
+    assert own_line(chief).startswith(f'{damaged} is damaged (')
+    assert own_line(chief) == f'going on from step {before} of 100000\n'
+    until(checkpoint_after(model, newest(model)), chief)
+    with pytest.raises(OSError, match='another training uses it'):
+        mnist_deep.main([f'--model_dir={model}', f'--data_dir={few_digits}'])
 
     chief.kill()
     chief.communicate()
     last = newest(model) + 20
-    chief = tasks.start('worker', 0, '--max_steps', last)
+    chief = tasks.start('worker', 0, '--max_steps', last, code=SHORT_LIVED)
+    assert chief.wait(120) == -signal.SIGKILL
+    assert newest(model) >= last  # it saves before it evaluates; the other may have been further
+
+    if mode:  # SIGTERM to all of them, as Kubernetes does it
+        chief = tasks.start('worker', 0)
+        until(checkpoint_after(model, newest(model)), chief)
+        for process in (worker, server, chief):
+            process.terminate()
+        errors = own_lines(chief.communicate(timeout=60)[1])
+        assert errors.splitlines()[1:] == [f'stopped at step {newest(model)}, kept in {model}']
+        assert chief.returncode == worker.wait(60) == server.wait(60) == 128 + signal.SIGTERM
+        assert own_lines(worker.stderr.read()) == 'stopped\n'
+    else:
+        chief = tasks.start('worker', 0, '--max_steps', last)
+        output, errors = chief.communicate(timeout=120)
+        assert chief.returncode == 0 and 'test accuracy' in output, errors
+        assert re.fullmatch(fr'going on from step \d+ of {last}\n', own_lines(errors))
+        assert server.poll() is None  # the other worker is there, and trains further
+        worker.kill()
+        assert server.wait(60) == 0
+
+
+def test_one_that_is_suspended_is_waited_for_and_goes_on_or_ends(cluster, tmp_path):
+    tasks, model = cluster(4, 300), tmp_path / 'model'
+    address, = tasks.addresses['ps']
+    server = tasks.start('ps', code=IMPATIENT)
+    others = [tasks.start('worker', 1), tasks.start('worker', 2, code=IMPATIENT),
+              tasks.start('worker', 3, '--max_steps=100000', code=IMPATIENT)]
+    chief = tasks.start('worker', 0, code=IMPATIENT)
+    for process in others:
+        joined(process)
+
+    server.send_signal(signal.SIGSTOP)
+    expected = f'waiting for an answer of the parameter server at {address}'
+    for _ in range(2):
+        assert own_line(chief) == f'{expected}\n'
+    server.send_signal(signal.SIGCONT)
+    until(checkpoint_after(model, newest(model)), chief)
+
+    for process in others:
+        process.send_signal(signal.SIGSTOP)
     output, errors = chief.communicate(timeout=120)
-    errors = own_lines(errors)
     assert chief.returncode == 0 and 'test accuracy' in output, errors
-    assert re.fullmatch(fr'going on from step \d+ of {last}\n', errors)
-    assert last_step(model) >= last  # the other worker may have been further
-    worker.kill()
-    assert server.wait(60) == 0  # it waits for the other worker for a while only
+    there = ' and '.join(tasks.addresses['worker'][1:])
+    assert own_line(server) == f'waiting for the end of the worker at {there}\n'
+    others[0].send_signal(signal.SIGCONT)  # it still finds the ps
+    assert others[0].wait(60) == 0
+    server.kill()
+    server.communicate()
+    for process, code in zip(others[1:], (0, 2)):  # by the checkpoints, this was the end, or not
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(120) == code
+    assert 'and the chief are gone: the training has ended, or failed' in process.stderr.read()
 
 
 # What is wrong is said in one line
@@ -235,11 +372,14 @@ def changed(**parts):
     (json.dumps({'cluster': GOOD['cluster']}), r"and a task \(KeyError: 'task'\)"),
     (json.dumps({'task': GOOD['task']}), r"KeyError: 'cluster'"),
     (changed(task={'type': 'worker'}), "KeyError: 'index'"),
-    (changed(task={'type': 'worker', 'index': 'one'}), 'TypeError'),
+    *[(changed(task={'type': 'worker', 'index': index}), 'has the task .*, expected one of')
+      for index in ('one', None, 0.0, True, [], '-1', '1.0', '')],
     (changed(task={'type': 'worker', 'index': 2}), "has the task .*2}, expected one of .*counted"),
     (changed(task={'type': 'worker', 'index': -1}), "has the task .*-1}, expected one of"),
     (changed(task={'type': 'ps', 'index': 1}), 'has the task'),
-    (changed(task={'type': 'evaluator', 'index': 0}), 'has the task'),
+    (changed(task={'type': 'evaluator', 'index': 0}), 'has no evaluator: its chief evaluates'),
+    (changed(cluster={**GOOD['cluster'], 'evaluator': ['127.0.0.1:4']},
+             task={'type': 'evaluator', 'index': 0}), 'has no evaluator: its chief evaluates'),
     (changed(task={'type': 'chief', 'index': 0}), 'has the task'),
     (changed(cluster={'ps': ['127.0.0.1:1']}), r"has the jobs \['ps'\], expected \"ps\" and"),
     (changed(cluster={'worker': ['127.0.0.1:1']}), r"has the jobs \['worker'\]"),
@@ -257,6 +397,7 @@ def test_a_wrong_tf_config(config, message, monkeypatch):
 def test_a_chief_is_worker_0(monkeypatch):
     jobs = {'ps': ['a:1'], 'chief': ['b:2'], 'worker': ['c:3', 'd:4']}
     for task, expected in (({'type': 'chief', 'index': 0}, ('worker', 0)),
+                           ({'type': 'chief', 'index': '0'}, ('worker', 0)),
                            ({'type': 'worker', 'index': 1}, ('worker', 2)),
                            ({'type': 'ps', 'index': 0}, ('ps', 0))):
         monkeypatch.setenv('TF_CONFIG', json.dumps({'cluster': jobs, 'task': task}))
@@ -269,8 +410,11 @@ def test_a_chief_is_worker_0(monkeypatch):
     (['--workers=0'], 'argument --workers: 0 is not a number above 0'),
     (['--workers=2', '--max_steps=0'], 'argument --max_steps: 0 is not a number above 0'),
     (['--workers=2', '--data_dir=/dev/null/x'], "'/dev/null/x'"),
+    (['--workers=2', '--seed=-1'], 'argument --seed: -1 is not from 0 to 4294967295'),
+    (['--seed=4294967296'], 'argument --seed: 4294967296 is not from 0 to 4294967295'),
     ([], '--model_dir: a cluster needs a folder')])
-def test_wrong_flags(flags, message):
+def test_wrong_flags(flags, message, monkeypatch):
+    monkeypatch.setenv('TF_CONFIG', json.dumps(GOOD))
     with pytest.raises((OSError, ValueError)) as refused:
         mnist_replica.main(flags)
     line, = str(refused.value).splitlines()
@@ -280,8 +424,7 @@ def test_wrong_flags(flags, message):
 @pytest.mark.parametrize('job', ['ps', 'worker'])
 def test_an_address_that_is_taken(job, cluster):
     tasks = cluster(1, 10)
-    host, port = tasks.addresses[job][0].split(':')
-    with socket.create_server((host, int(port))):
+    with listen(tasks.addresses[job][0]):
         process = tasks.start(job)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (2, '')
@@ -300,39 +443,33 @@ def test_a_folder_of_something_else_is_refused_and_left(cluster, tmp_path):
     assert os.listdir(tmp_path / 'model') == ['letter.txt']
 
 
-@pytest.mark.parametrize('listens', [False, True])
-def test_a_server_that_does_not_answer_is_named_again_and_again(listens, cluster, tmp_path):
+def test_a_server_that_does_not_answer_is_named_again_and_again(cluster):
     tasks = cluster(2, 10)
     address, = tasks.addresses['ps']
-    host, port = address.split(':')
-    chief_at = tasks.addresses['worker'][0]
-    expected = [fr'waiting for the parameter server at {address} \(.*refused\)\n'] * 2
-    if listens:  # something else, or a machine that hangs
-        answer = f'waiting for an answer of the parameter server at {address}'
-        expected = [f'{answer}\n', f'{answer}, or the chief, worker 0 at {chief_at}\n']
-    with socket.create_server((host, int(port))) if listens else contextlib.nullcontext():
-        for index in (0, 1):
-            config = {'cluster': tasks.addresses, 'task': {'type': 'worker', 'index': index}}
-            process = start('-c', 'import mnist_replica\n'
-                            'assert mnist_replica.PATIENCE == 30\n'
-                            'mnist_replica.PATIENCE = 1\n'
-                            'mnist_replica.main()', *tasks.flags,
-                            env={**ENVIRONMENT, 'TF_CONFIG': json.dumps(config)})
-            tasks.processes.append(process)
+    answer = f'waiting for an answer of the parameter server at {address}'
+    lines = [answer, f'{answer}, or the chief, worker 0 at {tasks.addresses["worker"][0]}']
+    with listen(address):  # something else, or a machine that hangs
+        processes = [tasks.start('worker', index, code=IMPATIENT) for index in (0, 1)]
+        for process, line in zip(processes, lines):
             for _ in range(2):
-                assert re.fullmatch(expected[index], own_line(process))
+                assert own_line(process) == f'{line}\n'
+        for process in processes:
             process.send_signal(signal.SIGINT)  # and Ctrl-C ends the waiting at once
-            assert process.wait(60) == -signal.SIGINT
+            assert process.wait(60) == 130
+            assert own_lines(process.stderr.read()).endswith('stopped\n')
 
 
-def test_a_worker_without_its_chief_says_so_and_waits(cluster):
-    tasks = cluster(2, 30)
+def test_those_that_are_missing_are_named_again_and_again(cluster):
+    tasks = cluster(2, 30, host=HOST6)
+    address, = tasks.addresses['ps']
+    the_ps, the_chief = (re.escape(name) + r' \(.*refused\)' for name in (
+        f'the parameter server at {address}',
+        f'the chief, worker 0 at {tasks.addresses["worker"][0]}'))
+    worker = tasks.start('worker', 1, code=IMPATIENT)
+    for _ in range(2):
+        assert re.fullmatch(f'waiting for {the_ps} and {the_chief}\n', own_line(worker))
     server = tasks.start('ps')
-    config = {'cluster': tasks.addresses, 'task': {'type': 'worker', 'index': 1}}
-    worker = start('-c', 'import mnist_replica\nmnist_replica.PATIENCE = 1\nmnist_replica.main()',
-                   *tasks.flags, env={**ENVIRONMENT, 'TF_CONFIG': json.dumps(config)})
-    tasks.processes.append(worker)
-    until(lambda: f'worker 0 at {tasks.addresses["worker"][0]}' in own_line(worker), worker)
+    until(lambda: re.fullmatch(f'waiting for {the_chief}\n', own_line(worker)), worker)
     chief = tasks.start('worker', 0)
     assert 'test accuracy' in chief.communicate(timeout=120)[0]
     assert worker.wait(60) == server.wait(60) == 0
