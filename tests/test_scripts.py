@@ -73,7 +73,7 @@ def test_bad_flags_are_exceptions_that_say_what_to_change(script, flags, message
 @both
 def test_as_a_process_each_is_one_line(script, folder):
     messages = {flag: message for (flag,), message in REFUSED if flag in (
-        '--max_steps=0', '--seed=one', '--data_dir=FILE', '--data_dir=OTHER')}
+        '--seed=one', '--data_dir=OTHER')}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda flag: python(ROOT / script, flag, cwd=folder), messages)
         for message, result in zip(messages.values(), results):
