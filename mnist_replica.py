@@ -110,11 +110,11 @@ def work(worker):
         correct_prediction = tf.equal(tf.argmax(y_conv, 1), tf.argmax(y_, 1))
         accuracy = tf.reduce_mean(tf.cast(correct_prediction, tf.float32))
 
-        optimizer, hooks = tf.train.AdamOptimizer(flags.learning_rate), [worker]
+        optimizer = tf.train.AdamOptimizer(flags.learning_rate)
         if flags.sync_replicas:
             # Each step waits for the gradients of all workers, and takes their mean.
             optimizer = tf.train.SyncReplicasOptimizer(optimizer, workers, workers)
-            hooks.append(optimizer.make_session_run_hook(is_chief, num_tokens=0))
+            worker.averaging = optimizer
         global_step = tf.train.get_or_create_global_step()
         with tf.name_scope('adam_optimizer'):
             train_step = optimizer.minimize(cross_entropy, global_step=global_step)
@@ -122,7 +122,7 @@ def work(worker):
             steps_done = global_step.read_value()  # there, after this step, not before
     all_is_done = [done_queue(ps).enqueue(True) for ps in range(cluster.num_tasks('ps'))]
 
-    with tf.train.MonitoredSession(worker, hooks, stop_grace_period_secs=1) as sess:
+    with tf.train.MonitoredSession(worker, [worker]) as sess:
         step = sess.run(global_step)
         if flags.seed is not None:  # in its order, each worker goes on after those of its steps
             for _ in range(step if flags.sync_replicas else step // workers):
@@ -170,6 +170,7 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
         self.is_chief = index == 0
         self.saves = self.is_chief and flags.model_dir is not None
         self.session, self.joined = None, False  # the present one, and whether one has been there
+        self.averaging = None  # tf.train.SyncReplicasOptimizer, with --sync_replicas
         self.heard = None  # when the servers gave an answer for the last time, by time.monotonic
         self.stopped = False  # whether this step is to be the last one
         self.saved = None  # how many steps the last checkpoint has
@@ -184,7 +185,6 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
         self.saver = tf.train.Saver(self.variables, max_to_keep=2, save_relative_paths=True)
         self.scaffold = tf.train.Scaffold(saver=self.saver)
         tf.logging.set_verbosity(tf.logging.FATAL)  # a lost server is told in one line, ours
-        threading.excepthook = quiet_when_cancelled
         bfloat16 = self.flags.bfloat16 and (
             mnist_deep.computes_in_bfloat16() or self.is_chief or LOCAL not in os.environ)
         self.config = reach_only('worker', self.index, bfloat16)
@@ -214,6 +214,24 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
             print(f'going on from step {self.saved} of {self.flags.max_steps}', file=sys.stderr)
         self.joined = True
         return self.session
+
+    def after_create_session(self, session, coord):
+        if self.averaging and self.is_chief:
+            session.run(self.averaging.chief_init_op)
+            threading.Thread(target=self.average, args=(session,), daemon=True).start()
+        elif self.averaging:
+            session.run(self.averaging.local_step_init_op)
+
+    def average(self, session):
+        """With --sync_replicas: applies the mean of the workers' gradients, again and again.
+
+        TensorFlow's own hook for this, when a connection breaks for a moment, closes a queue on the
+        parameter server for good.
+        """
+        apply_mean, = self.averaging.get_chief_queue_runner().enqueue_ops
+        with contextlib.suppress(tf.errors.OpError, RuntimeError):  # the session has been closed
+            while True:
+                session.run(apply_mean)
 
     def after_run(self, run_context, run_values):
         self.heard = time.monotonic()
@@ -337,15 +355,6 @@ def done_queue(ps):
     """The queue on a parameter server to which the chief adds True when all is done."""
     with tf.device(f'/job:ps/task:{ps}'):
         return tf.FIFOQueue(1, tf.bool, shapes=[[]], shared_name=f'done_{ps}')
-
-
-def quiet_when_cancelled(error):
-    """Reports a thread's error, but not that of SyncReplicasOptimizer's at the end.
-
-    Its thread still waits for gradients when the session is closed, and would show a traceback.
-    """
-    if not issubclass(error.exc_type, tf.errors.CancelledError):
-        threading.__excepthook__(error)
 
 
 def read_tf_config():

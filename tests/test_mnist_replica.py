@@ -45,6 +45,16 @@ def in_batches(_):
     os.kill(os.getpid(), signal.SIGKILL)
 mnist_deep.in_batches = in_batches
 """
+# A chief whose connection breaks for a moment.
+CUT_OFF = """
+heard, runs = mnist_replica.Worker.after_run, []
+def after_run(self, *arguments):
+    runs.append(arguments)
+    if len(runs) == 20:
+        raise mnist_replica.tf.errors.UnavailableError(None, None, 'Socket closed')
+    heard(self, *arguments)
+mnist_replica.Worker.after_run = after_run
+"""
 
 
 class Cluster:
@@ -303,10 +313,12 @@ def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path, few_
     assert chief.wait(120) == -signal.SIGKILL
     assert newest(model) >= last  # it saves before it evaluates; the other may have been further
 
-    if mode:  # SIGTERM to all of them, as Kubernetes does it
-        chief = tasks.start('worker', 0)
-        until(checkpoint_after(model, newest(model)), chief)
-        for process in (worker, server, chief):
+    if mode:
+        chief = tasks.start('worker', 0, code=CUT_OFF)
+        assert own_line(chief).startswith('going on from step')
+        assert own_line(chief).startswith('a parameter server was lost; training goes on')
+        until(checkpoint_after(model, newest(model) + 20), chief)
+        for process in (worker, server, chief):  # as Kubernetes does it
             process.terminate()
         errors = own_lines(chief.communicate(timeout=60)[1])
         assert errors.splitlines()[1:] == [f'stopped at step {newest(model)}, kept in {model}']
