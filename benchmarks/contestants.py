@@ -1,6 +1,5 @@
-"""What the benchmarks run, each in a process of its own: `contestants.py NAME JSON` prints JSON.
-
-A function here is a contestant; its arguments come from the JSON, what it returns is printed.
+"""What the benchmarks run, each in a process of its own: `contestants.py FUNCTION JSON` calls it
+with these arguments, and prints what it returns.
 """
 
 import gzip
@@ -20,9 +19,8 @@ DATA = ROOT / 'MNIST_data'
 
 
 def peak(whose=resource.RUSAGE_SELF):
-    """The largest memory so far of this process, or of its children, in MB."""
-    scale = 1 if sys.platform == 'darwin' else 1024  # bytes there, kilobytes elsewhere
-    return resource.getrusage(whose).ru_maxrss * scale / 1e6
+    """The largest memory so far of this process, or of its children, in MB (on Linux)."""
+    return resource.getrusage(whose).ru_maxrss * 1024 / 1e6
 
 
 def timed(function, *arguments):
@@ -82,10 +80,10 @@ def loader_1x(epochs):
     def load():
         parts = {}
         for part in ('train', 't10k'):
-            with gzip.open(DATA / f'{part}-images-idx3-ubyte.gz') as f:
-                images = np.frombuffer(f.read(), np.uint8, offset=16).reshape(-1, 784)
-            with gzip.open(DATA / f'{part}-labels-idx1-ubyte.gz') as f:
-                labels = np.frombuffer(f.read(), np.uint8, offset=8)
+            images, labels = (gzip.decompress((DATA / f'{part}-{kind}-ubyte.gz').read_bytes())
+                              for kind in ('images-idx3', 'labels-idx1'))
+            images = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 784)
+            labels = np.frombuffer(labels, np.uint8, offset=8)
             one_hot = np.zeros((len(labels), 10))
             one_hot[np.arange(len(labels)), labels] = 1
             parts[part] = images, one_hot
@@ -231,7 +229,7 @@ def reading(model_dir, way, digits):
     tf = mnist_predict.tf
     test = input_data.read_data_sets(DATA).test
     camera, random = photographs.Camera(seed=1), np.random.RandomState(1)
-    chosen = random.permutation(len(test.images))[:digits]
+    chosen = random.permutation(10000)[:digits]
     sizes = np.exp(random.uniform(np.log(28), np.log(1000), digits)).astype(int)
 
     def seen(number, size):
@@ -292,11 +290,9 @@ def training(script, steps, batch, flags):
         raise RuntimeError(f'{script} ended with code {process.returncode}')
     # From step 100 on, where there is more: the first steps are slower.
     (first, began, before), (last, ended, after) = marks[len(marks) > 2], marks[-1]
-    result = {'step ms': (ended - began) / (last - first) * 1e3,
-              'images per s': batch * (last - first) / (ended - began)}
-    if script == 'mnist_replica.py':
-        result['loopback MB per step'] = (after - before) / (last - first) / 1e6
-    return result
+    return {'step ms': (ended - began) / (last - first) * 1e3,
+            'images per s': batch * (last - first) / (ended - began),
+            'loopback MB per step': (after - before) / (last - first) / 1e6}
 
 
 if __name__ == '__main__':

@@ -1,7 +1,4 @@
-"""The costs of this project beside those of what people would use instead.
-
-    pip install -r benchmarks/requirements.txt
-    python benchmarks/run.py
+"""The costs of this project beside those of what people would use instead; see README.md here.
 
 Each contestant runs in a process of its own, in rounds: A B A B ... The tables, in Markdown, have
 medians over the rounds, and ratios within a round: their median, and the smallest and the largest.
@@ -49,8 +46,8 @@ def compete(title, contestants, rounds, ratios, quick=False):
                 [sys.executable, str(HERE / 'contestants.py'), function, json.dumps(arguments)],
                 capture_output=True, text=True, check=False)
             if process.returncode:
-                said = process.stderr.strip().splitlines() or ['no message']
-                failures[name] = f'failed with code {process.returncode}: {said[-1]}'
+                said = process.stderr.strip().rpartition('\n')[2] or 'no message'
+                failures[name] = f'failed with code {process.returncode}: {said}'
                 continue
             result = json.loads(process.stdout.splitlines()[-1])
             if 'skipped' in result:
@@ -76,8 +73,8 @@ def table(result):
     lines = [f'**{result["title"]}**', '', '| | ' + ' | '.join(figures) + ' |',
              '|---|' + '---:|' * len(figures)]
     for name, found in result['medians'].items():
-        lines.append(f'| {name} | ' + ' | '.join(digits(found.get(figure)) for figure in figures)
-                     + ' |')
+        shown = ' | '.join(digits(found.get(figure)) for figure in figures)
+        lines.append(f'| {name} | {shown} |')
     lines += [f'| {name} | {reason} |' + ' |' * (len(figures) - 1)
               for name, reason in result['failures'].items()]
     if result['ratios']:
@@ -102,9 +99,8 @@ def machine():
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as f:
             model = next((line.split(':')[1].strip() for line in f if 'model name' in line), model)
-    versions = [f'{name} {importlib.metadata.version(name)}'
-                for name in ('tensorflow', 'keras', 'numpy', 'torch')
-                if importlib.util.find_spec(name)]
+    versions = [f'{name} {importlib.metadata.version(name)}' for name in (
+        'tensorflow', 'keras', 'numpy', 'torch') if importlib.util.find_spec(name)]
     return (f'{datetime.date.today()}; {model}, {os.cpu_count()} threads for each contestant; '
             f'Python {platform.python_version()}, {", ".join(versions)}')
 
@@ -181,8 +177,7 @@ BENCHMARKS = {'loader': loader, 'step': step, 'evaluation': evaluation, 'whole':
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description='Prints the tables of benchmarks/README.md.')
     parser.add_argument('--quick', action='store_true',
                         help='half a minute: one contestant of each kind, in small')
     parser.add_argument('--only', choices=BENCHMARKS, help='one benchmark alone')
@@ -190,14 +185,13 @@ def main():
                         'reads pictures, trained by mnist_deep.py (default: %(default)s)')
     flags = parser.parse_args()
 
-    results = []
     print(machine(), end='\n\n')
+    results = []
     for name, benchmark in BENCHMARKS.items():
         if flags.only in (None, name):
             results.append(benchmark(flags.quick, flags.model_dir))
             print(table(results[-1]), end='\n\n', flush=True)
-    return 1 if any('failed' in reason for result in results
-                    for reason in result['failures'].values()) else 0
+    return any('failed' in reason for result in results for reason in result['failures'].values())
 
 
 if __name__ == '__main__':

@@ -23,11 +23,12 @@ def test_every_benchmark_has_a_figure_above_0_of_each_kind_of_contestant(results
         for reason in result['failures'].values():
             assert reason.startswith('skipped')
         assert len(result['medians']) + len(result['failures']) == count
-        for name, figures in result['medians'].items():
+        for figures in result['medians'].values():
             assert figures
             for figure, value in figures.items():
-                # A few pictures take less time than that by which two start-ups differ.
-                assert value > 0 or figure == 'pictures per s', (name, figure)
+                # A few pictures take less time than that by which two start-ups differ, and
+                # mnist_deep.py sends nothing.
+                assert value > 0 or figure in ('pictures per s', 'loopback MB per step')
 
 
 def test_tables_are_markdown_with_rows_of_one_width(results):
