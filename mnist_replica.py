@@ -188,6 +188,9 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
         bfloat16 = self.flags.bfloat16 and (
             mnist_deep.computes_in_bfloat16() or self.is_chief or LOCAL not in os.environ)
         self.config = reach_only('worker', self.index, bfloat16)
+        if self.averaging:  # a worker waits for a token, by which it learns that the step is done
+            self.release_all = self.averaging.get_init_tokens_op(
+                self.cluster.num_tasks('worker') - 1)
         self.heard = time.monotonic()
 
     def create_session(self):
@@ -198,12 +201,15 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
         path = None
         if self.saves:
             path = model_dir.find_checkpoint(self.flags.model_dir, self.variables)
+        self.scaffold.finalize()
         if self.is_chief:
+            if self.averaging:
+                with tf.Session(self.server.target, config=self.config) as session:
+                    self.takes_over = not len(session.run(self.scaffold.ready_op))
             self.session = tf.train.ChiefSessionCreator(
                 self.scaffold, self.server.target, self.config,
                 checkpoint_filename_with_path=path).create_session()
         else:
-            self.scaffold.finalize()
             self.session = tf.train.SessionManager(
                 local_init_op=self.scaffold.local_init_op, ready_op=self.scaffold.ready_op,
                 ready_for_local_init_op=self.scaffold.ready_for_local_init_op,
@@ -218,6 +224,8 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
     def after_create_session(self, session, coord):
         if self.averaging and self.is_chief:
             session.run(self.averaging.chief_init_op)
+            if self.takes_over:  # the step at which the last chief, or session, ended is lost
+                session.run(self.release_all)
             threading.Thread(target=self.average, args=(session,), daemon=True).start()
         elif self.averaging:
             session.run(self.averaging.local_step_init_op)

@@ -45,6 +45,14 @@ def in_batches(_):
     os.kill(os.getpid(), signal.SIGKILL)
 mnist_deep.in_batches = in_batches
 """
+# A chief that is killed when it has collected the gradients, and not yet applied them.
+KILLED_BETWEEN = """
+def average(self, session):
+    session.run([operation for operation in session.graph.get_operations()
+                 if operation.type == 'AccumulatorTakeGradient'])
+    os.kill(os.getpid(), signal.SIGKILL)
+mnist_replica.Worker.average = average
+"""
 # A chief whose connection breaks for a moment.
 CUT_OFF = """
 heard, runs = mnist_replica.Worker.after_run, []
@@ -309,6 +317,8 @@ def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path, few_
     chief.kill()
     chief.communicate()
     last = newest(model) + 20
+    if mode:
+        assert tasks.start('worker', 0, code=KILLED_BETWEEN).wait(120) == -signal.SIGKILL
     chief = tasks.start('worker', 0, '--max_steps', last, code=SHORT_LIVED)
     assert chief.wait(120) == -signal.SIGKILL
     assert newest(model) >= last  # it saves before it evaluates; the other may have been further
