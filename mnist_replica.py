@@ -205,7 +205,8 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
         if self.is_chief:
             if self.averaging:
                 with tf.Session(self.server.target, config=self.config) as session:
-                    self.takes_over = not len(session.run(self.scaffold.ready_op))
+                    self.takes_over = not len(
+                        session.run(self.scaffold.ready_for_local_init_op))
             self.session = tf.train.ChiefSessionCreator(
                 self.scaffold, self.server.target, self.config,
                 checkpoint_filename_with_path=path).create_session()
