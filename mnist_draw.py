@@ -73,17 +73,17 @@ def both_networks(sess, flags):
 
     def look(image):
         (deep, softmax), layers = sess.run([probabilities, LAYERS], {x: [image], keep_prob: 1.0})
-        return {'digit': int(deep.argmax()), 'image': as_bytes(image),
+        return {'digit': int(deep.argmax()), 'image': as_levels(image.reshape(28, 28)),
                 'deep': deep[0].tolist(), 'softmax': softmax[0].tolist(),
-                'layers': [{'name': name, 'count': layer.shape[3],  # its features, on one scale
-                            'pixels': as_bytes(layer[0].transpose(2, 0, 1) / (layer.max() or 1))}
-                           for name, layer in zip(LAYERS, layers)]}
+                # Of each layer, a picture of each feature, all on one scale
+                'layers': {name: as_levels(layer[0].transpose(2, 0, 1) / (layer.max() or 1))
+                           for name, layer in zip(LAYERS, layers)}}
     return look
 
 
-def as_bytes(brightness):
-    """A float array in [0, 1] as a byte for each number, in base64."""
-    return base64.b64encode(np.round(brightness * 255).astype(np.uint8).tobytes()).decode()
+def as_levels(brightness):
+    """A float array in [0, 1] as nested lists of whole numbers from 0 to 255."""
+    return np.round(brightness * 255).astype(int).tolist()
 
 
 def main(argv=None):
@@ -152,7 +152,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not length.isdecimal():
             return self.refuse(411)
         if int(length) > MAX_BYTES:
-            return self.refuse(413, f'at most {MAX_BYTES:,} bytes')
+            return self.refuse(413, f'more than {MAX_BYTES:,} bytes: make the picture smaller')
         status = 422
         try:
             picture = open_picture(io.BytesIO(self.rfile.read(int(length))))

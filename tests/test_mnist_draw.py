@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from browser import CHROMIUM, DRIVER, draw, start_chromium
-from conftest import DATA, ENVIRONMENT, ROOT, own_lines, python, start
+from conftest import DATA, ENVIRONMENT, ROOT, own_lines, start
 from PIL import Image
 
 import input_data
@@ -70,13 +70,12 @@ def test_a_drawing_is_read_by_both_networks_and_the_layers_are_told(ask):
         assert np.argmax(answer[model]) == 7
         assert sum(answer[model]) == pytest.approx(1, abs=1e-4)
     seen = mnist_predict.normalise(mnist_predict.open_picture(io.BytesIO(drawing)))
-    assert base64.b64decode(answer['image']) == np.round(seen * 255).astype(np.uint8).tobytes()
-    assert [(layer['name'], layer['count']) for layer in answer['layers']] == [
-        ('conv1/Relu:0', 32), ('pool1/MaxPool:0', 32), ('conv2/Relu:0', 64),
-        ('pool2/MaxPool:0', 64)]
-    conv1, pool1, conv2, pool2 = [
-        np.frombuffer(base64.b64decode(layer['pixels']), np.uint8).reshape(-1, side, side)
-        for layer, side in zip(answer['layers'], (28, 14, 14, 7))]
+    assert (np.array(answer['image']) == np.round(seen.reshape(28, 28) * 255)).all()
+    layers = {name: np.array(features) for name, features in answer['layers'].items()}
+    assert {name: features.shape for name, features in layers.items()} == {
+        'conv1/Relu:0': (32, 28, 28), 'pool1/MaxPool:0': (32, 14, 14),
+        'conv2/Relu:0': (64, 14, 14), 'pool2/MaxPool:0': (64, 7, 7)}
+    conv1, pool1, conv2, pool2 = layers.values()
     for layer, pooled in ((conv1, pool1), (conv2, pool2)):
         assert layer.max() == 255
         blocks = layer.reshape(len(layer), pooled.shape[1], 2, pooled.shape[2], 2)
@@ -173,13 +172,14 @@ def test_a_client_that_stops_in_the_middle_is_told_and_let_go(monkeypatch):
 
 
 def test_a_port_that_is_taken_and_a_folder_without_a_network_are_one_line(process, tmp_path):
-    taken = python('mnist_draw.py', '--port', port(process), '--no_browser')
-    none = python('mnist_draw.py', '--port=0', '--no_browser', '--model_dir', tmp_path)
-    for result, message in ((taken, f'--port {port(process)}: Address already in use; name'),
-                            (none, 'no checkpoint of a trained network there; train one with: ')):
-        assert (result.returncode, result.stdout) == (2, '')
-        line, = result.stderr.splitlines()
-        assert line.startswith('mnist_draw.py: error: --') and message in line
+    for flags, message in ((['--port', str(port(process))],
+                            f'--port {port(process)}: Address already in use; name'),
+                           (['--port=0', '--model_dir', str(tmp_path)],
+                            'no checkpoint of a trained network there; train one with: ')):
+        with pytest.raises((OSError, ValueError)) as refused:
+            mnist_draw.main(['--no_browser', *flags])
+        line, = str(refused.value).splitlines()
+        assert line.startswith('--') and message in line
 
 
 @pytest.mark.parametrize('number', [-1, 65536])
