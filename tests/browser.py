@@ -37,7 +37,7 @@ def strokes(image):
     found = []
     while left:
         way = [min(left)]  # where the pen stands, and how it came there
-        path = list(way)
+        stroke = list(way)
         left.discard(way[0])
         while way:
             y, x = way[-1]
@@ -45,10 +45,12 @@ def strokes(image):
             if near and min(near) <= 8:
                 way.append(sorted(left)[int(np.argmin(near))])
                 left.discard(way[-1])
-            else:
+                stroke.append(way[-1])
+            else:  # back to where another stroke begins
                 way.pop()
-            path += way[-1:]
-        found.append(path)
+                if len(stroke) > 1:
+                    found.append(stroke)
+                stroke = way[-1:]
     return found
 
 
@@ -65,6 +67,7 @@ def draw(chromium, image):
             'x': left + (column + 0.5) * width / 28, 'y': top + (row + 0.5) * width / 28})
     for path in strokes(image):
         point('mousePressed', path[0], 1)
-        for place in path[1:]:
+        for place in path[3::3]:  # about three pixels apart
             point('mouseMoved', place, 1)
+        point('mouseMoved', path[-1], 1)
         point('mouseReleased', path[-1], 0)

@@ -11,7 +11,7 @@ import make_pictures
 import numpy as np
 import pexpect
 import pytest
-from conftest import DATA, ENVIRONMENT, ROOT, own_lines, python
+from conftest import DATA, ENVIRONMENT, ROOT, own_lines
 from PIL import Image
 
 import mnist_deep
@@ -154,13 +154,14 @@ def test_commands_are_good_shell_and_name_files_that_exist(pages):
             assert (ROOT / name).is_file(), name
 
 
-def test_quick_commands_run(folder):
+def test_quick_commands_run(folder, monkeypatch, capsys):
     assert 'python mnist_softmax.py --seed 0`' in read('README.md')
-    result = python(ROOT / 'mnist_softmax.py', '--seed', '0', cwd=folder)
-    assert re.fullmatch(r'test accuracy 0\.9[12]\d*\n', result.stdout)
+    mnist_softmax.main(['--seed', '0'])
+    assert re.fullmatch(r'test accuracy 0\.9[12]\d*\n', capsys.readouterr().out)
     assert 'python mnist_predict.py docs/digit.png\n' in '\n'.join(commands(['README.md']))
-    result = python(ROOT / 'mnist_predict.py', 'docs/digit.png', cwd=folder)
-    assert re.fullmatch(r'docs/digit\.png: 7 \(\d+\.\d%\)\n', result.stdout)
+    monkeypatch.chdir(folder)
+    mnist_predict.main(['docs/digit.png'])
+    assert re.fullmatch(r'docs/digit\.png: 7 \(\d+\.\d%\)\n', capsys.readouterr().out)
     assert 'tf_upgrade_v2 --infile old.py --outfile new.py\n' in commands(ENGLISH)
     (folder / 'old.py').write_text('import tensorflow as tf\nx = tf.placeholder(tf.float32)\n')
     tool = pathlib.Path(sys.executable).with_name('tf_upgrade_v2')

@@ -131,12 +131,12 @@ def test_bfloat16_is_what_the_session_computes_in_where_the_cpu_does():
         assert error == 0
 
 
-def test_trains_in_bfloat16():
-    result = python('mnist_deep.py', '--bfloat16', '--max_steps=150', '--seed=1')
-    assert result.returncode == 0
-    assert float(result.stdout.split()[-1]) > 0.85
+def test_trains_in_bfloat16(capsys):
+    mnist_deep.main(['--bfloat16', '--max_steps=150', '--seed=1'])
+    output, errors = capsys.readouterr()
+    assert float(output.split()[-1]) > 0.85
     if mnist_deep.computes_in_bfloat16():
-        assert result.stderr == ''
+        assert errors == ''
 
 
 def test_trains_in_float32_and_says_so_where_bfloat16_would_be_emulated(few_digits):

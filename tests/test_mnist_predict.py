@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import struct
@@ -380,13 +381,14 @@ def test_place_size_shades_and_depth_change_little(seed):
 
 # The command
 
-def test_a_line_for_each_picture_in_order(folder, model):
+def test_a_line_for_each_picture_in_order(folder, model, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
     names = ['seven.png', 'seven.jpg', 'seven.bmp', 'seven.webp', 'seven.tif', 'seven, one.gif',
              'seven, one.png', 'seven, one.tif', 'seven.png']
-    result = predict(*names, '--model_dir', model, cwd=folder)
-    assert (result.returncode, result.stderr) == (0, '')
-    lines = result.stdout.splitlines()
-    assert [line.split(':')[0] for line in lines] == names
+    assert mnist_predict.main([*names, '--model_dir', str(model)]) == 0
+    output, errors = capsys.readouterr()
+    lines = output.splitlines()
+    assert [line.split(':')[0] for line in lines] == names and errors == ''
     for line in lines:
         assert re.fullmatch(r'seven.*\.\w+: 7 \(\d+\.\d%\)(, or \d \(\d+\.\d%\))?', line)
 
@@ -398,11 +400,11 @@ def test_a_second_guess_is_told_below_90_percent(probabilities, text):
     assert mnist_predict.answer(np.array(probabilities)) == text
 
 
-def test_a_picture_comes_from_standard_input(folder, model):
-    with open(folder / 'seven.png', 'rb') as f:
-        result = predict('-', '--model_dir', model, stdin=f)
-    assert result.returncode == 0
-    assert result.stdout.startswith('-: 7 (')
+def test_a_picture_comes_from_standard_input(folder, model, monkeypatch, capsys):
+    with open(folder / 'seven.png') as f:
+        monkeypatch.setattr(sys, 'stdin', f)
+        assert mnist_predict.main(['-', '--model_dir', str(model)]) == 0
+    assert capsys.readouterr().out.startswith('-: 7 (')
 
 
 UNPACKED, SAVE = 'it cannot be unpacked: ', 'as JPEG or PNG'
@@ -534,13 +536,18 @@ def test_bad_flags_end_in_one_line(flags, message, folder, model, monkeypatch, c
     assert (code, output) == (2, '')
 
 
+@pytest.mark.parametrize('script', ['mnist_predict.py', 'mnist_draw.py'])
 @pytest.mark.parametrize('package', ['PIL', 'scipy'])
-def test_without_pillow_or_scipy_one_line_says_what_to_install(package, folder, tmp_path):
-    (tmp_path / f'{package}.py').write_text(f'raise ImportError("No module named {package}")')
-    result = predict('seven.png', cwd=folder, env={**ENVIRONMENT, 'PYTHONPATH': str(tmp_path)})
-    line, = result.stderr.splitlines()
-    assert re.search(f'^mnist_predict.py: error: .*{package}.*: pip install pillow scipy$', line)
-    assert (result.returncode, result.stdout) == (2, '')
+def test_without_pillow_or_scipy_one_line_says_what_to_install(package, script, monkeypatch,
+                                                               capsys):
+    monkeypatch.delitem(sys.modules, 'pictures')
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(SystemExit, match='^2$'):
+        runpy.run_path(str(ROOT / script), run_name='__main__')
+    output, errors = capsys.readouterr()
+    line, = errors.splitlines()
+    assert re.search(f'^{script}: error: .*{package}.*: pip install pillow scipy$', line)
+    assert output == ''
 
 
 def test_ctrl_c_is_one_line(folder, model):
