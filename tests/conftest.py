@@ -119,7 +119,7 @@ def mirrors(server, monkeypatch):
     """The server in the place of the default mirrors, and no waiting between the rounds."""
     monkeypatch.setattr(input_data, '_MIRRORS', (server.url,))
     monkeypatch.setattr(input_data, '_PAUSES', (0, 0, 0))
-    monkeypatch.setattr(input_data, '_TIMEOUT', 5)  # a busy machine answers within it
+    monkeypatch.setattr(input_data, '_TIMEOUT', 2)  # a busy machine answers within it
     return server
 
 

@@ -3,13 +3,14 @@
 import re
 
 import pytest
-from conftest import DATA, python, write_data_set
+from conftest import DATA, ROOT, python, write_data_set
 
 import mnist_softmax
 
 
 def test_the_tutorials_run_reaches_its_accuracy():
-    result = python('mnist_softmax.py', '--seed=0')
+    assert 'python mnist_softmax.py --seed 0`' in (ROOT / 'README.md').read_text()
+    result = python('mnist_softmax.py', '--seed', '0')
     accuracy = float(re.fullmatch(r'test accuracy (0\.\d+)\n', result.stdout)[1])
     assert 0.91 <= accuracy <= 0.93
 

@@ -125,7 +125,7 @@ def test_ctrl_c_saves_and_the_next_run_does_the_remaining_steps(tmp_path, few_di
 
 def test_kill_9_at_any_moment_leaves_a_folder_that_resumes(tmp_path, few_digits):
     folder, reached = tmp_path / 'model', 0
-    for number in range(3):
+    for number in range(2):
         process = start('mnist_deep.py', '--max_steps=100000', '--data_dir', few_digits,
                         '--model_dir', folder, '--save_checkpoints_steps=1')
         if number:
