@@ -220,7 +220,7 @@ def test_a_local_cluster_goes_on_shows_the_tutorials_lines_and_leaves_nothing(
     *lines, last = result.stdout.splitlines()
     shown = [re.fullmatch(r'step (\d+), training accuracy [01](\.\d+)?', line) for line in lines]
     assert [int(match[1]) // 100 for match in shown] == list(range(1 + steps // 100))
-    assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > 0.5
+    assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > 0.25
     assert last_step(folder) == steps if mode else last_step(folder) in (steps, steps + 1)
     assert not [process for process in psutil.process_iter(['cmdline'])
                 if str(folder) in str(process.info['cmdline'])]
