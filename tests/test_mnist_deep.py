@@ -160,6 +160,7 @@ def test_onednns_limits_without_bfloat16_are_heeded(limit, monkeypatch):
 @pytest.mark.parametrize('limit', ['AVX512_CORE_BF16', 'AVX512_CORE_FP16', 'AVX512_CORE_AMX',
                                    'AVX10_1_512', 'ALL', 'DEFAULT', ''])
 def test_other_limits_of_onednn_change_nothing(limit, monkeypatch):
+    monkeypatch.delenv('ONEDNN_MAX_CPU_ISA', raising=False)
     unlimited = mnist_deep.computes_in_bfloat16()
     monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', limit)
     assert mnist_deep.computes_in_bfloat16() == unlimited
