@@ -1,15 +1,11 @@
 """The benchmarks: they run, and their tables have every contestant."""
 
-import importlib
 import json
 import subprocess
 import sys
-import types
 
 import pytest
 from conftest import ROOT, python
-
-import mnist_deep
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import contestants
@@ -18,25 +14,8 @@ import run
 
 @pytest.fixture(scope='module')
 def results(trained):
-    """What each benchmark finds with --quick, by name; this project's parts run in this process."""
-    start = subprocess.run
-
-    def call(command, **options):
-        *_, function, arguments = command
-        if function.startswith('loader') or function in ('step_keras', 'step_torch'):
-            return start(command, **options)
-        with mnist_deep.tf.Graph().as_default():
-            found = getattr(contestants, function)(**json.loads(arguments))
-        return subprocess.CompletedProcess(command, 0, json.dumps(found), '')
-
-    def run_script(script, *flags):
-        module = importlib.import_module(script.removesuffix('.py'))
-        return contestants.timed(module.main, list(flags))[0]
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(run, 'subprocess', types.SimpleNamespace(run=call))
-        context.setattr(contestants, 'run_script', run_script)
-        return {name: benchmark(True, str(trained[0]))
-                for name, benchmark in run.BENCHMARKS.items()}
+    """What each benchmark finds with --quick, by name."""
+    return {name: benchmark(True, str(trained[0])) for name, benchmark in run.BENCHMARKS.items()}
 
 
 def test_every_benchmark_has_a_figure_above_0_of_each_kind_of_contestant(results):
@@ -44,12 +23,13 @@ def test_every_benchmark_has_a_figure_above_0_of_each_kind_of_contestant(results
         for reason in result['failures'].values():
             assert reason.startswith('skipped')
         assert len(result['medians']) + len(result['failures']) == count
-        for figures in result['medians'].values():
+        for name, figures in result['medians'].items():
             assert figures
             for figure, value in figures.items():
                 # A few pictures take less time than that by which two start-ups differ, and
                 # mnist_deep.py sends nothing.
-                assert value > 0 or figure in ('pictures per s', 'loopback MB per step')
+                assert value > 0 or figure == 'pictures per s' or (
+                    name, figure) == ('mnist_deep.py', 'loopback MB per step'), (name, figure)
 
 
 def test_tables_are_markdown_with_rows_of_one_width(results):

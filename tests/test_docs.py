@@ -14,7 +14,6 @@ import pytest
 from conftest import DATA, ENVIRONMENT, ROOT, own_lines
 from PIL import Image
 
-import input_data
 import mnist_deep
 import mnist_draw
 import mnist_predict
@@ -98,8 +97,8 @@ def folder(tmp_path_factory, trained):
 @pytest.fixture(scope='module')
 def shown(folder):
     """What IPython shows for each Python block, in each of the shells."""
-    return [paste([cell.replace('range(20000)', 'range(101)') for cell in cells], folder)
-            for cells in shells(ENGLISH)[:3]]
+    return [paste([cell.replace('range(20000)', 'range(201)') for cell in cells], folder)
+            for cells in shells(ENGLISH)]
 
 
 # Blocks of Python
@@ -109,20 +108,15 @@ def test_a_shell_is_started_for_each_part_and_two_more():
 
 
 def test_every_block_runs_in_ipython_with_no_error_or_warning(shown):
-    for cells in shown:
+    for cells in shown[:3]:
         for text in cells:
             assert not re.search('error|warning|deprecated|traceback|oneDNN', text, re.IGNORECASE)
-
-
-def test_the_lines_for_other_peoples_scripts_run():
-    lines, = shells(ENGLISH)[3]
-    names = {}
-    exec(lines, names)
-    assert names['tf'].placeholder and names['input_data'] is input_data
+    # The lines for other people's scripts don't keep TensorFlow quiet, but they run.
+    assert not re.search('Error:|Traceback', shown[3][0])
 
 
 def test_blocks_that_promise_no_output_show_none(shown):
-    silent = [text.strip() for cells in shown for text in cells if not re.search(r'\d', text)]
+    silent = [text.strip() for cells in shown[:3] for text in cells if not re.search(r'\d', text)]
     assert set(silent) == {''}
     assert len(silent) == 30 - 5
 
@@ -134,10 +128,10 @@ def test_part_one_shows_its_accuracy(shown):
 def test_part_two_shows_its_training_and_its_accuracy(shown):
     lines = shown[1][-1].split('\n')
     lines = [line for line in lines if line.strip()]
-    assert [line.split(',')[0] for line in lines[:-1]] == ['step 0', 'step 100']
+    assert [line.split(',')[0] for line in lines[:-1]] == ['step 0', 'step 100', 'step 200']
     for line in lines[:-1]:
         assert re.fullmatch(r'step \d+, training accuracy [01](\.\d+)?', line)
-    assert float(re.fullmatch(r'test accuracy (0\.\d+)', lines[-1])[1]) > 0.7
+    assert float(re.fullmatch(r'test accuracy (0\.\d+)', lines[-1])[1]) > 0.85
 
 
 def test_the_restored_network_reads_both_digits_and_shows_its_features(shown):

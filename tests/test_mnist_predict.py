@@ -105,10 +105,6 @@ def png_file(width, height, data, depth=8, color=0):
             + chunk(b'IDAT', data) + chunk(b'IEND', b''))
 
 
-def predict(*arguments, **options):
-    return python(ROOT / 'mnist_predict.py', *arguments, **options)
-
-
 # To MNIST's form
 
 def test_mnists_own_digits_stay_what_they_are(network):
@@ -122,7 +118,7 @@ def test_mnists_own_digits_stay_what_they_are(network):
 
 def test_pasted_digits_are_read_as_the_digits_themselves(network, camera):
     random = np.random.RandomState(0)
-    numbers = random.permutation(10000)[:200]
+    numbers = random.permutation(10000)[:300]
     images = []
     for number in numbers:
         size = int(np.exp(random.uniform(np.log(28), np.log(1000))))
@@ -424,7 +420,8 @@ BAD = {
 
 
 def test_each_bad_picture_is_one_line_and_the_others_are_read(folder, model):
-    result = predict('seven.png', *BAD, 'seven.jpg', '--model_dir', model, cwd=folder)
+    result = python(ROOT / 'mnist_predict.py', 'seven.png', *BAD, 'seven.jpg', '--model_dir', model,
+                    cwd=folder)
     assert result.returncode == 1
     assert [line.split(' (')[0] for line in result.stdout.splitlines()] == [
         'seven.png: 7', 'seven.jpg: 7']

@@ -1,6 +1,5 @@
 """Part four of the tutorial: many workers, and what happens when one of them dies."""
 
-import argparse
 import json
 import os
 import re
@@ -203,7 +202,7 @@ if 'TF_CONFIG' in os.environ:
 
 
 @pytest.mark.parametrize('mode, steps, seed, shares', [
-    ([], 110, 2**32 - 1, 2), (['--sync_replicas', '--bfloat16'], 60, 3, 1)])
+    ([], 220, 2**32 - 1, 2), (['--sync_replicas', '--bfloat16'], 60, 3, 1)])
 def test_a_local_cluster_goes_on_shows_the_tutorials_lines_and_leaves_nothing(
         mode, steps, seed, shares, alone, tmp_path, few_digits, capsys):
     (tmp_path / 'sitecustomize.py').write_text(NOTES)
@@ -220,7 +219,7 @@ def test_a_local_cluster_goes_on_shows_the_tutorials_lines_and_leaves_nothing(
     *lines, last = result.stdout.splitlines()
     shown = [re.fullmatch(r'step (\d+), training accuracy [01](\.\d+)?', line) for line in lines]
     assert [int(match[1]) // 100 for match in shown] == list(range(1 + steps // 100))
-    assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > 0.25
+    assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > 0.5
     assert last_step(folder) == steps if mode else last_step(folder) in (steps, steps + 1)
     assert not [process for process in psutil.process_iter(['cmdline'])
                 if str(folder) in str(process.info['cmdline'])]
@@ -243,9 +242,9 @@ def test_a_local_cluster_goes_on_shows_the_tutorials_lines_and_leaves_nothing(
     assert re.search(r'digit.png: \d \(', capsys.readouterr().out)
 
 
-def local_cluster(workers, few_digits, folder):
+def local_cluster(workers, few_digits, folder, *flags):
     """A running cluster, and all its processes, while it trains."""
-    process = start('mnist_replica.py', f'--workers={workers}', '--max_steps=100000',
+    process = start('mnist_replica.py', f'--workers={workers}', '--max_steps=100000', *flags,
                     '--batch_size=5', '--data_dir', few_digits, '--model_dir', folder)
     assert process.stdout.readline().startswith('step ')
     children = psutil.Process(process.pid).children(recursive=True)
@@ -253,11 +252,14 @@ def local_cluster(workers, few_digits, folder):
     return process, children
 
 
-def test_ctrl_c_keeps_the_network_and_leaves_no_process(few_digits, tmp_path):
-    process, children = local_cluster(2, few_digits, tmp_path)
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize('number, workers, flags', [(signal.SIGINT, 2, []),
+                                                    (signal.SIGTERM, 1, ['--sync_replicas'])])
+def test_ctrl_c_and_sigterm_keep_the_network_and_leave_no_process(number, workers, flags,
+                                                                  few_digits, tmp_path):
+    process, children = local_cluster(workers, few_digits, tmp_path, *flags)
+    process.send_signal(number)
     errors = own_lines(process.communicate(timeout=60)[1])
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     step = int(re.fullmatch(fr'stopped at step (\d+), kept in {tmp_path}\n', errors)[1])
     assert last_step(tmp_path) == step > 0
     assert not psutil.wait_procs(children, timeout=10)[1]
@@ -283,26 +285,18 @@ def test_no_process_outlives_the_one_that_started_it(few_digits, tmp_path):
 # Faults
 
 @pytest.mark.parametrize('mode', [[], ['--sync_replicas']])
-def test_each_task_may_hang_or_be_killed_and_started_again(mode, cluster, tmp_path, few_digits):
+def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path, few_digits):
     tasks = cluster(2, 100000, *mode, host=HOST6 if mode else HOST)
     model = tmp_path / 'model'
-    server, chief, worker = (tasks.start('ps'), tasks.start('worker', 0, code=IMPATIENT),
-                             tasks.start('worker', 1))
+    server, chief, worker = tasks.start('ps'), tasks.start('worker', 0), tasks.start('worker', 1)
     joined(worker)
 
     worker.kill()
     if not mode:  # one that is gone for good leaves the others going
         until(checkpoint_after(model, newest(model) + 20), chief)
-    worker = tasks.start('worker', 1, code=IMPATIENT)
+    worker = tasks.start('worker', 1)
     joined(worker)
     until(checkpoint_after(model, max(newest(model), 0) + 10), chief)
-
-    server.send_signal(signal.SIGSTOP)
-    waits = f'waiting for an answer of the parameter server at {tasks.addresses["ps"][0]}'
-    for _ in range(2):
-        until(lambda: own_line(chief).startswith(waits), chief)
-    server.send_signal(signal.SIGCONT)
-    until(checkpoint_after(model, newest(model)), chief)
 
     # With the ps, its steps since the last whole checkpoint are lost.
     chief.send_signal(signal.SIGSTOP)
@@ -313,11 +307,11 @@ def test_each_task_may_hang_or_be_killed_and_started_again(mode, cluster, tmp_pa
     with open(f'{damaged}.data-00000-of-00001', 'r+b') as f:
         f.truncate(1000000)
     chief.send_signal(signal.SIGCONT)
-    server = tasks.start('ps', code=IMPATIENT)
+    server = tasks.start('ps')
     for process in (chief, worker):
-        assert next_line(process).startswith('a parameter server was lost; training goes on')
-    assert next_line(chief).startswith(f'{damaged} is damaged (')
-    assert next_line(chief) == f'going on from step {before} of 100000\n'
+        assert own_line(process).startswith('a parameter server was lost; training goes on')
+    assert own_line(chief).startswith(f'{damaged} is damaged (')
+    assert own_line(chief) == f'going on from step {before} of 100000\n'
     until(checkpoint_after(model, newest(model)), chief)
     with pytest.raises(OSError, match='another training uses it'):
         mnist_deep.main([f'--model_dir={model}', f'--data_dir={few_digits}'])
@@ -341,30 +335,49 @@ def test_each_task_may_hang_or_be_killed_and_started_again(mode, cluster, tmp_pa
         errors = own_lines(chief.communicate(timeout=60)[1])
         assert errors.splitlines()[1:] == [f'stopped at step {newest(model)}, kept in {model}']
         assert chief.returncode == worker.wait(60) == server.wait(60) == 128 + signal.SIGTERM
-        assert own_lines(worker.stderr.read()).endswith('stopped\n')
+        assert own_lines(worker.stderr.read()) == 'stopped\n'
     else:
-        worker.send_signal(signal.SIGSTOP)  # it sleeps while all the others end
         chief = tasks.start('worker', 0, '--max_steps', last)
         output, errors = chief.communicate(timeout=120)
         assert chief.returncode == 0 and 'test accuracy' in output, errors
         assert re.fullmatch(fr'going on from step \d+ of {last}\n', own_lines(errors))
-        slow = tasks.addresses['worker'][1]
-        assert own_line(server) == f'waiting for the end of the worker at {slow}\n'
-        server.kill()
-        server.communicate()
-        worker.send_signal(signal.SIGCONT)
-        assert worker.wait(120) == 2
-        assert worker.stderr.read().endswith(
-            'the parameter servers and the chief are gone: the training has ended, or failed\n')
+        assert server.poll() is None  # the other worker is there, and trains further
+        worker.kill()
+        assert server.wait(60) == 0
 
 
-def test_one_that_missed_the_end_knows_it_by_the_checkpoints(alone):
-    def missed(max_steps):
-        flags = argparse.Namespace(model_dir=str(alone[0]), max_steps=max_steps)
-        mnist_replica.Worker.miss_the_end(argparse.Namespace(flags=flags))
-    missed(12)
-    with pytest.raises(OSError, match='the training has ended, or failed'):
-        missed(13)
+def test_one_that_is_suspended_is_waited_for_and_goes_on_or_ends(cluster, tmp_path):
+    tasks, model = cluster(4, 200), tmp_path / 'model'
+    address, = tasks.addresses['ps']
+    server = tasks.start('ps', code=IMPATIENT)
+    others = [tasks.start('worker', 1), tasks.start('worker', 2, code=IMPATIENT),
+              tasks.start('worker', 3, '--max_steps=100000', code=IMPATIENT)]
+    chief = tasks.start('worker', 0, code=IMPATIENT)
+    for process in others:
+        joined(process)
+
+    server.send_signal(signal.SIGSTOP)
+    answer = f'waiting for an answer of the parameter server at {address}\n'
+    for _ in range(2):
+        until(lambda: own_line(chief) == answer, chief)
+    server.send_signal(signal.SIGCONT)
+    until(checkpoint_after(model, newest(model)), chief)
+
+    for process in others:
+        process.send_signal(signal.SIGSTOP)
+    output, errors = chief.communicate(timeout=120)
+    assert chief.returncode == 0 and 'test accuracy' in output, errors
+    there = ' and '.join(tasks.addresses['worker'][1:])
+    assert own_line(server) == f'waiting for the end of the worker at {there}\n'
+    others[0].send_signal(signal.SIGCONT)  # it still finds the ps
+    assert others[0].wait(60) == 0
+    server.kill()
+    server.communicate()
+    for process in others[1:]:
+        process.send_signal(signal.SIGCONT)
+    for process, code in zip(others[1:], (0, 2)):  # by the checkpoints, this was the end, or not
+        assert process.wait(120) == code
+    assert 'and the chief are gone: the training has ended, or failed' in process.stderr.read()
 
 
 # What is wrong is said in one line
@@ -433,15 +446,15 @@ def test_wrong_flags(flags, message, monkeypatch):
     assert message in line
 
 
-def test_an_address_that_is_taken(cluster):
+@pytest.mark.parametrize('job', ['ps', 'worker'])
+def test_an_address_that_is_taken(job, cluster):
     tasks = cluster(1, 10)
-    address, = tasks.addresses['ps']
-    with listen(address):
-        process = tasks.start('ps')
+    with listen(tasks.addresses[job][0]):
+        process = tasks.start(job)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (2, '')
     line, = own_lines(errors).splitlines()
-    assert address in line and 'is it taken' in line
+    assert tasks.addresses[job][0] in line and 'is it taken' in line
 
 
 def test_a_folder_of_something_else_is_refused_and_left(cluster, tmp_path):
