@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import math
 import os
+import signal
 import sys
+import threading
 import time
 
 import input_data
@@ -156,7 +158,7 @@ def main(argv=None):
 
     Raises:
         OSError, ValueError: the data or --model_dir cannot be used, or a flag is out of range.
-        KeyboardInterrupt: Ctrl-C or, with --model_dir, SIGTERM; its text says what is kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; with --model_dir, its text says what is kept.
     """
     flags = checked(flag_parser(__doc__).parse_args(argv))
     with tf.Graph().as_default():  # a graph of its own: a notebook may call this again
@@ -176,23 +178,68 @@ def in_batches(data_set, size=200):
 def progress(steps, save=None):
     """Yields the steps, a range; on a terminal, standard error shows their speed and the time left.
 
-    `save` is called after each step with the number of steps that are done.
+    `save` is called after each step with the number of steps that are done. Ctrl-C or SIGTERM ends
+    the steps after the one under way, by KeyboardInterrupt.
     """
     began = shown = time.monotonic()
     try:
-        for done, step in enumerate(steps, 1):
-            yield step
-            if save:
-                save(step + 1)
-            now = time.monotonic()
-            if now > shown + 0.5 and sys.stderr and sys.stderr.isatty():
-                shown, speed = now, done / (now - began)
-                left = round((len(steps) - done) / speed)
-                line = f'{speed:.0f} steps/s, {left // 60}:{left % 60:02d} left'
-                print(f'\r{line:30}\r', end='', file=sys.stderr, flush=True)
+        with signals_held_back() as held:
+            for done, step in enumerate(steps, 1):
+                yield step
+                if save:
+                    save(step + 1)
+                if held:
+                    break
+                now = time.monotonic()
+                if now > shown + 0.5 and sys.stderr and sys.stderr.isatty():
+                    shown, speed = now, done / (now - began)
+                    left = round((len(steps) - done) / speed)
+                    line = f'{speed:.0f} steps/s, {left // 60}:{left % 60:02d} left'
+                    print(f'\r{line:30}\r', end='', file=sys.stderr, flush=True)
     finally:
         if shown > began:
             print(f'\r{"":30}\r', end='', file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def signals_held_back():
+    """Holds Ctrl-C and SIGTERM back until a step is done; a second one ends the process at once.
+
+    While TensorFlow goes through a feed_dict in C++, an exception in Python's functions that it
+    calls is a segmentation fault, or is lost.
+
+    Yields:
+        List, to which a signal is added: then this context is to be left.
+    """
+    held, usual = [], {}
+
+    def hold_back(number, _):
+        held.append(number)
+        in_a_shell = hasattr(sys, 'ps1')  # Python's or IPython's: that is not to end
+        signal.signal(number, signal.default_int_handler if in_a_shell else signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():  # no other one gets signals
+        usual = handle_signals(hold_back)
+    try:
+        yield held
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    if held:
+        stopped = KeyboardInterrupt('stopped')
+        stopped.exit_code = 128 + held[0]
+        raise stopped
+
+
+def handle_signals(handler):
+    """Sets what Ctrl-C and SIGTERM do, unless they are ignored, as in a shell's background job.
+
+    Returns:
+        dict, signal -> its handler before.
+    """
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
+               if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def kept_in(flags):

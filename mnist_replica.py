@@ -300,7 +300,7 @@ def watch(worker):
     """Runs a worker in a thread. The main thread meanwhile tells what the worker waits for, and
     handles Ctrl-C and SIGTERM: a step may wait for ever, for a machine that is gone.
     """
-    handle_signals(stop)
+    mnist_deep.handle_signals(stop)
     training = concurrent.futures.ThreadPoolExecutor(1).submit(work, worker)
     try:
         alone = 0
@@ -327,13 +327,6 @@ def watch(worker):
         if worker.saved is not None:
             stopped.args = f'stopped at step {worker.saved}, kept in {worker.flags.model_dir}',
         raise
-
-
-def handle_signals(handler):
-    """Sets what Ctrl-C and SIGTERM do, unless they are ignored, as in a shell's background job."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
 
 
 def stop(number, _):
@@ -439,7 +432,7 @@ def run_local_cluster(workers, argv):
         def tell_chief(number, _):  # it saves, and says so; a second signal ends it at once
             stopped.append(number)
             chief.send_signal(number)
-        handle_signals(tell_chief)
+        mnist_deep.handle_signals(tell_chief)
         running = True
         while running:
             time.sleep(0.1)

@@ -9,10 +9,8 @@ import glob
 import math
 import os
 import re
-import signal
 import sys
 import tempfile
-import threading
 
 import tensorflow.compat.v1 as tf
 
@@ -35,7 +33,6 @@ class ModelDir:
         self.flags, self.progress, self.folder = flags, progress, flags.model_dir
         self.saver = tf.train.Saver(max_to_keep=2, save_relative_paths=True)
         self.writer, self.training, self.saved = None, False, 0
-        self.signal, self.usual_handlers = None, {}
 
     def __enter__(self):
         self.lock = claim(self.folder)
@@ -94,28 +91,14 @@ class ModelDir:
         self.writer.add_session_log(tf.SessionLog(status=tf.SessionLog.START), start)
         self.training = True
 
-        # A signal waits until a step is done. While TensorFlow goes through a feed_dict in C++, an
-        # exception in Python's functions that it calls is a segmentation fault.
-        if threading.current_thread() is threading.main_thread():  # no other one gets signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as in a shell's background job
-                    self.usual_handlers[number] = signal.signal(number, self.hold_back)
-
     def open_writer(self, start):
         """Opens an event file: those of one second differ in the step that they begin with."""
         self.writer = tf.summary.FileWriter(self.folder, filename_suffix=f'.from_step_{start}')
-
-    def hold_back(self, number, _):
-        """Handles a signal: the training ends after this step. A second one ends the process."""
-        self.signal = number
-        in_a_shell = hasattr(sys, 'ps1')  # Python's or IPython's: that is not to end
-        signal.signal(number, self.usual_handlers[number] if in_a_shell else signal.SIG_DFL)
 
     def save_if_due(self, step):
         """Saves every --save_checkpoints_steps steps and after the last one.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM has come.
             OSError: the checkpoint cannot be written.
             ValueError: the loss, and so the weights, are no numbers any more.
         """
@@ -125,10 +108,7 @@ class ModelDir:
             self.refuse_nan(step)
         if due:
             self.save(step)
-        if self.signal:
-            raise KeyboardInterrupt(f'stopped at step {step}')
-        if last:
-            self.end_training()
+        self.training = not last
 
     def refuse_nan(self, step):
         """ValueError: the loss was not a number, and so the weights are none."""
@@ -149,26 +129,16 @@ class ModelDir:
         self.writer.flush()
         self.saved = step
 
-    def end_training(self):
-        """From here on there is nothing to save, and signals do again what they did before."""
-        self.training = False
-        for number, handler in self.usual_handlers.items():
-            signal.signal(number, handler)
-
     def __exit__(self, kind, error, _):
         try:
-            step = self.saved
             if self.training:  # it was stopped, or its output is closed: that costs no steps
                 step = int(tf.train.get_global_step().eval())
                 self.refuse_nan(step)
                 if step > self.saved:
                     self.save(step)
-            if isinstance(error, KeyboardInterrupt):
-                stopped = KeyboardInterrupt(f'{str(error) or "stopped"}, kept in {self.folder}')
-                stopped.exit_code = 128 + (self.signal or signal.SIGINT)
-                raise stopped from None
+            if self.saved and isinstance(error, KeyboardInterrupt):
+                error.args = f'stopped at step {self.saved}, kept in {self.folder}',
         finally:
-            self.end_training()
             if self.writer:
                 self.writer.close()
             if self.lock:
