@@ -29,6 +29,15 @@ os.environ['no_proxy'] = '127.0.0.1'
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith('TF_')}
 
+# The longest files come first, so that pytest's workers come to their end together.
+LONGEST = ['test_mnist_replica.py', 'test_model_dir.py', 'test_mnist_predict.py',
+           'test_input_data.py', 'test_benchmarks.py', 'test_docs.py', 'test_scripts.py']
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 def idx(array):
     """What an IDX file of a uint8 array holds."""

@@ -69,7 +69,7 @@ def test_figures_have_no_more_digits_than_they_are_worth(number, shown):
 
 
 def test_a_contestant_that_fails_is_reported_not_left_out():
-    result = run.compete('Title', {'bad': (None, 'whole_run', {'steps': 0, 'flags': []}),
+    result = run.compete('Title', {'bad': (None, 'loader_ours', {'epochs': 'ten'}),
                                    'absent': ('no_such_package', 'loader_ours', {})},
                          2, [('load s', 'bad', 'absent')])
     assert result['failures']['bad'].startswith('failed with code 1: ')

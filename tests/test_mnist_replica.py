@@ -8,10 +8,11 @@ import signal
 import socket
 import time
 
+import forked
 import numpy as np
 import psutil
 import pytest
-from conftest import ENVIRONMENT, ROOT, own_line, own_lines, python, start
+from conftest import ENVIRONMENT, ROOT, own_line, own_lines, python
 
 import input_data
 import mnist_deep
@@ -83,8 +84,8 @@ class Cluster:
         config = json.dumps({'cluster': self.addresses, 'task': {'type': job, 'index': index}})
         if job == 'worker':  # a ps needs no folder
             flags = ['--model_dir', self.folder, *flags]
-        process = start('-c', f'{SLOWLY}\n{code}\n{RUN}', *self.flags, *flags,
-                        env={**ENVIRONMENT, 'TF_CONFIG': config})
+        process = forked.start('-c', f'{SLOWLY}\n{code}\n{RUN}', *self.flags, *flags,
+                               env={**ENVIRONMENT, 'TF_CONFIG': config})
         self.processes.append(process)
         return process
 
@@ -169,16 +170,17 @@ TWELVE = ['--seed=3', '--max_steps=12']
 def alone(tmp_path_factory, few_digits):
     """A folder after 12 steps of mnist_deep.py, and what it printed."""
     folder = tmp_path_factory.mktemp('alone')
-    result = python('mnist_deep.py', *TWELVE, '--data_dir', few_digits, '--model_dir', folder)
-    return folder, result.stdout
+    process = forked.start('mnist_deep.py', *TWELVE, '--data_dir', few_digits,
+                           '--model_dir', folder)
+    return folder, process.communicate(timeout=60)[0]
 
 
 @pytest.mark.parametrize('mode', [[], ['--sync_replicas']])
 def test_one_worker_learns_what_mnist_deep_learns(mode, alone, tmp_path, few_digits):
     folder, printed = alone
-    one = python('mnist_replica.py', '--workers=1', *mode, *TWELVE, '--data_dir', few_digits,
-                 '--model_dir', tmp_path)
-    assert one.stdout == printed
+    one = forked.start('mnist_replica.py', '--workers=1', *mode, *TWELVE, '--data_dir', few_digits,
+                       '--model_dir', tmp_path)
+    assert one.communicate(timeout=120)[0] == printed != ''
     expected, found = weights(folder), weights(tmp_path)
     assert expected.keys() == found.keys()
     for name in expected:
@@ -244,8 +246,9 @@ def test_a_local_cluster_goes_on_shows_the_tutorials_lines_and_leaves_nothing(
 
 def local_cluster(workers, few_digits, folder, *flags):
     """A running cluster, and all its processes, while it trains."""
-    process = start('mnist_replica.py', f'--workers={workers}', '--max_steps=100000', *flags,
-                    '--batch_size=5', '--data_dir', few_digits, '--model_dir', folder)
+    process = forked.start('mnist_replica.py', f'--workers={workers}', '--max_steps=100000',
+                           '--batch_size=5', '--data_dir', few_digits, '--model_dir', folder,
+                           *flags)
     assert process.stdout.readline().startswith('step ')
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) == 1 + workers

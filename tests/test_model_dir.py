@@ -11,8 +11,9 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
-from conftest import DATA, ENVIRONMENT, ROOT, own_line, own_lines, python, start
+from conftest import DATA, ENVIRONMENT, ROOT, own_line, own_lines, python
 
 import input_data
 import mnist_deep
@@ -107,11 +108,14 @@ def test_a_finished_model_is_only_evaluated_wherever_it_was_moved(trained, tmp_p
     assert files(folder) == before
 
 
-def test_ctrl_c_saves_and_the_next_run_does_the_remaining_steps(tmp_path, few_digits, capsys):
+def test_a_second_training_is_refused_and_one_after_ctrl_c_does_the_remaining_steps(
+        tmp_path, few_digits, capsys):
     folder = tmp_path / 'model'
     flags = ['--data_dir', str(few_digits), '--model_dir', str(folder)]
-    process = start('mnist_deep.py', '--max_steps=100000', *flags)
+    process = forked.start('mnist_deep.py', '--max_steps=100000', *flags)
     assert process.stdout.readline().startswith('step 0,')  # at once, though into a pipe
+    with pytest.raises(OSError, match='/model: another training uses it; wait for its end, or'):
+        mnist_deep.main(['--max_steps=1', *flags])
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -123,11 +127,11 @@ def test_ctrl_c_saves_and_the_next_run_does_the_remaining_steps(tmp_path, few_di
     assert tf.train.latest_checkpoint(folder) == str(folder / f'mnist_deep.ckpt-{step + 5}')
 
 
-def test_kill_9_at_any_moment_leaves_a_folder_that_resumes(tmp_path, few_digits):
+def test_kill_9_at_any_moment_leaves_a_folder_that_is_free_and_resumes(tmp_path, few_digits):
     folder, reached = tmp_path / 'model', 0
     for number in range(3):
-        process = start('mnist_deep.py', '--max_steps=100000', '--data_dir', few_digits,
-                        '--model_dir', folder, '--save_checkpoints_steps=1')
+        process = forked.start('mnist_deep.py', '--max_steps=100000', '--data_dir', few_digits,
+                               '--model_dir', folder, '--save_checkpoints_steps=1')
         if number:
             line = own_line(process)
             resumed = int(re.fullmatch(r'going on from step (\d+) of 100000\n', line)[1])
@@ -173,7 +177,7 @@ def test_a_killed_run_resumed_is_the_run_that_was_never_killed(precision, every,
     lines = capsys.readouterr().out.splitlines()
 
     killed_at = random.randint(1, last // every) * every
-    process = start('mnist_deep.py', *flags, '--model_dir', tmp_path / 'killed')
+    process = forked.start('mnist_deep.py', *flags, '--model_dir', tmp_path / 'killed')
     while not (tmp_path / 'killed' / f'mnist_deep.ckpt-{killed_at}.index').exists():
         assert process.poll() is None
         time.sleep(0.001)
@@ -292,29 +296,24 @@ def test_a_tilde_is_the_home_folder(few_digits, tmp_path, monkeypatch):
     assert (tmp_path / 'model' / 'mnist_deep.ckpt-1.index').exists()
 
 
-def test_a_second_training_in_the_folder_is_refused_and_one_after_a_kill_is_not(tmp_path, train,
-                                                                                few_digits):
-    process = start('mnist_deep.py', '--max_steps=100000', '--data_dir', few_digits,
-                    '--model_dir', tmp_path / 'model', '--save_checkpoints_steps=1')
-    assert process.stdout.readline().startswith('step 0,')
-    while not list((tmp_path / 'model').glob('*.index')):
-        time.sleep(0.01)
-    with pytest.raises(OSError, match='/model: another training uses it; wait for its end, or'):
-        train('--max_steps=1')
-    process.kill()
-    process.communicate()
-    assert 'test accuracy' in train('--max_steps=1').out
-
-
 def test_more_steps_than_asked_for_are_said_and_evaluated(train):
     accuracy = train('--max_steps=20', '--seed=1').out.splitlines()[-1]
     assert train('--max_steps=10') == (f'{accuracy}\n', 'trained for 20 steps already\n')
 
 
+@pytest.fixture(scope='module')
+def four_steps(tmp_path_factory, few_digits):
+    """A folder with the checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp('four_steps')
+    mnist_deep.main(['--max_steps=4', '--save_checkpoints_steps=2', '--seed=1', '--batch_size=5',
+                     f'--data_dir={few_digits}', f'--model_dir={folder}'])
+    return folder
+
+
 @pytest.mark.parametrize('damage', ['cut off', 'changed', 'index cut off', 'index empty', 'absent'])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, train, tmp_path):
-    train('--max_steps=4', '--save_checkpoints_steps=2', '--seed=1')
-    newest = tmp_path / 'model' / 'mnist_deep.ckpt-4'
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, four_steps, train,
+                                                                       tmp_path):
+    newest = shutil.copytree(four_steps, tmp_path / 'model') / 'mnist_deep.ckpt-4'
     file = pathlib.Path(f'{newest}.index' if 'index' in damage else f'{newest}.data-00000-of-00001')
     content = file.read_bytes()
     half = len(content) // 2
@@ -333,8 +332,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, train
     assert train('--max_steps=4').err == 'trained for 4 steps already\n'
 
 
-def test_if_no_checkpoint_is_whole_nothing_is_done(train, tmp_path):
-    train('--max_steps=4', '--save_checkpoints_steps=2')
+def test_if_no_checkpoint_is_whole_nothing_is_done(four_steps, train, tmp_path):
+    shutil.copytree(four_steps, tmp_path / 'model')
     for index in (tmp_path / 'model').glob('*.index'):
         index.write_bytes(b'')
     before = files(tmp_path / 'model')
@@ -409,7 +408,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path, few_digits):
               '    time.sleep(1000)\n'
               'input_data.DataSet.next_batch = endless\n'
               f'mnist_deep.main(["--data_dir={few_digits}", "--model_dir={tmp_path / "model"}"])\n')
-    process = start('-c', script)
+    process = forked.start('-c', script)
     assert process.stdout.readline() == 'held back\n'
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
