@@ -28,9 +28,9 @@ def fork_server():
     return context
 
 
-def start(*arguments, env=ENVIRONMENT):
+def start(*arguments, cwd=ROOT, env=ENVIRONMENT):
     """Starts a Python process, its output and errors in pipes, like `conftest.start`."""
-    return Process([*map(str, arguments)], env)
+    return Process([*map(str, arguments)], cwd, env)
 
 
 class Process:
@@ -39,10 +39,10 @@ class Process:
     What it prints has to have room in a pipe.
     """
 
-    def __init__(self, arguments, environment):
+    def __init__(self, arguments, folder, environment):
         pipes = [fork_server().Pipe(duplex=False) for _ in range(2)]
         self.process = fork_server().Process(target=run, daemon=True, args=(
-            arguments, environment, [writer for _, writer in pipes]))
+            arguments, folder, environment, [writer for _, writer in pipes]))
         self.process.start()
         self.pid, self.kill, self.terminate = (
             self.process.pid, self.process.kill, self.process.terminate)
@@ -71,14 +71,14 @@ class Process:
         return self.stdout.read(), self.stderr.read()
 
 
-def run(arguments, environment, writers):
+def run(arguments, folder, environment, writers):
     """Does in the fork what a Python command line with these arguments would do."""
     for number, writer in enumerate(writers, 1):
         os.dup2(writer.fileno(), number)
         writer.close()
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(folder)
     if arguments[0] == '-c':
         sys.argv = ['-c', *arguments[2:]]
         exec(arguments[1], {'__name__': '__main__'})

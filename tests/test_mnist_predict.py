@@ -13,9 +13,10 @@ import sys
 import tempfile
 import zlib
 
+import forked
 import numpy as np
 import pytest
-from conftest import DATA, ENVIRONMENT, ROOT, own_lines, python, start
+from conftest import DATA, ENVIRONMENT, ROOT, own_lines, python
 from photographs import Camera, drawn
 from PIL import Image
 from scipy import ndimage
@@ -420,12 +421,13 @@ BAD = {
 
 
 def test_each_bad_picture_is_one_line_and_the_others_are_read(folder, model):
-    result = python(ROOT / 'mnist_predict.py', 'seven.png', *BAD, 'seven.jpg', '--model_dir', model,
-                    cwd=folder)
-    assert result.returncode == 1
-    assert [line.split(' (')[0] for line in result.stdout.splitlines()] == [
+    process = forked.start(ROOT / 'mnist_predict.py', 'seven.png', *BAD, 'seven.jpg',
+                           '--model_dir', model, cwd=folder)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert [line.split(' (')[0] for line in output.splitlines()] == [
         'seven.png: 7', 'seven.jpg: 7']
-    lines = result.stderr.splitlines()
+    lines = own_lines(errors).splitlines()
     assert [line.split(': ')[0] for line in lines] == list(BAD)
     for line, message in zip(lines, BAD.values()):
         assert message in line
@@ -548,8 +550,8 @@ def test_without_pillow_or_scipy_one_line_says_what_to_install(package, script, 
 
 
 def test_ctrl_c_is_one_line(folder, model):
-    process = start(ROOT / 'mnist_predict.py', *['seven.png'] * 5000, '--model_dir', model,
-                    cwd=folder)
+    process = forked.start(ROOT / 'mnist_predict.py', *['seven.png'] * 5000, '--model_dir', model,
+                           cwd=folder)
     assert process.stdout.readline().startswith('seven.png: 7')
     process.send_signal(signal.SIGINT)
     assert own_lines(process.communicate()[1]) == 'stopped\n'

@@ -163,7 +163,7 @@ def weights(folder):
 
 # On this machine
 
-TWELVE = ['--seed=3', '--max_steps=12']
+TWELVE = ['--seed=3', '--max_steps=12', '--batch_size=50']
 
 
 @pytest.fixture(scope='module')
@@ -176,12 +176,12 @@ def alone(tmp_path_factory, few_digits):
 
 
 @pytest.mark.parametrize('mode', [[], ['--sync_replicas']])
-def test_one_worker_learns_what_mnist_deep_learns(mode, alone, tmp_path, few_digits):
+def test_one_worker_learns_what_mnist_deep_learns(mode, alone, cluster, tmp_path):
     folder, printed = alone
-    one = forked.start('mnist_replica.py', '--workers=1', *mode, *TWELVE, '--data_dir', few_digits,
-                       '--model_dir', tmp_path)
-    assert one.communicate(timeout=120)[0] == printed != ''
-    expected, found = weights(folder), weights(tmp_path)
+    tasks = cluster(1, 12, *TWELVE, *mode)
+    tasks.start('ps')
+    assert tasks.start('worker').communicate(timeout=120)[0] == printed != ''
+    expected, found = weights(folder), weights(tmp_path / 'model')
     assert expected.keys() == found.keys()
     for name in expected:
         assert np.allclose(expected[name], found[name], atol=1e-5), name

@@ -9,15 +9,16 @@ import shutil
 import signal
 import sys
 
+import forked
 import pexpect
 import pytest
-from conftest import DATA, ENVIRONMENT, ROOT, own_lines, python, start, write_data_set
+from conftest import DATA, ENVIRONMENT, ROOT, own_lines, python, write_data_set
 
 import input_data
 
 SCRIPTS = ['mnist_softmax.py', 'mnist_deep.py']
 both = pytest.mark.parametrize('script', SCRIPTS)
-STEPS = {'mnist_softmax.py': 30, 'mnist_deep.py': 3}
+STEPS = {'mnist_softmax.py': 200, 'mnist_deep.py': 110}
 
 # Flags, and what the one line on standard error must say.
 REFUSED = [
@@ -73,10 +74,14 @@ def test_bad_flags_are_exceptions_that_say_what_to_change(script, flags, message
 
 
 @both
-def test_as_a_process_they_are_one_line(script, folder):
-    result = python(ROOT / script, '--data_dir=OTHER', cwd=folder)
-    assert (result.returncode, result.stdout) == (2, '')
-    line, = result.stderr.splitlines()
+def test_on_the_command_line_they_are_one_line(script, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, 'argv', [script, '--data_dir=OTHER'])
+    with pytest.raises(SystemExit, match='^2$'):
+        runpy.run_path(str(ROOT / script), run_name='__main__')
+    output, errors = capsys.readouterr()
+    assert output == ''
+    line, = errors.splitlines()
     assert line.startswith(f'{script}: error: ') and ', 63) for Tensor ' in line
 
 
@@ -92,23 +97,30 @@ def test_help_tells_every_flag_with_its_default(script, monkeypatch, capsys):
     assert str(DATA) in output and errors == ''
 
 
-@both
-def test_stands_alone_runs_from_any_folder_and_shows_the_tutorials_lines_alone(script, tmp_path,
-                                                                               few_digits):
+@pytest.fixture(scope='module', params=SCRIPTS)
+def alone(request, tmp_path_factory, few_digits):
+    """A script, and what it does in a process of its own: with the loader alone, elsewhere."""
+    folder, script = tmp_path_factory.mktemp('alone'), request.param
     for name in (script, 'input_data.py'):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / 'MNIST_data').symlink_to(few_digits)
-    working = tmp_path / 'elsewhere'
+        shutil.copy(ROOT / name, folder)
+    (folder / 'MNIST_data').symlink_to(few_digits)
+    working = folder / 'elsewhere'
     working.mkdir()
-    result = python(tmp_path / script, '--max_steps', STEPS[script], cwd=working)
+    result = python(folder / script, '--seed=1', '--max_steps', STEPS[script], cwd=working)
+    assert not list(working.iterdir())
+    return script, result
+
+
+def test_stands_alone_runs_from_any_folder_and_shows_the_tutorials_lines_alone(alone):
+    script, result = alone
     assert result.returncode == 0
     lines = result.stdout.splitlines()
     if script == 'mnist_deep.py':
-        assert re.fullmatch(r'step 0, training accuracy [01](\.\d+)?', lines.pop(0))
+        for step in (0, 100):
+            assert re.fullmatch(fr'step {step}, training accuracy [01](\.\d+)?', lines.pop(0))
     assert re.fullmatch(r'test accuracy 0\.\d+', lines.pop())
     assert lines == []
     assert result.stderr == ''
-    assert not list(working.iterdir())
 
 
 @both
@@ -129,13 +141,11 @@ def test_can_be_imported_without_running(script, capfd):
     assert capfd.readouterr() == ('', '')
 
 
-@both
 def test_the_same_seed_prints_the_same_in_any_process_and_thread_and_another_does_not(
-        script, few_digits, capsys):
+        alone, few_digits, capsys):
+    script, fresh = alone[0], alone[1].stdout
     module = importlib.import_module(script.removesuffix('.py'))
-    flags = ['--max_steps', {'mnist_softmax.py': '200', 'mnist_deep.py': '110'}[script],
-             '--data_dir', str(few_digits)]
-    fresh = python(script, '--seed=1', *flags).stdout
+    flags = ['--max_steps', str(STEPS[script]), '--data_dir', str(few_digits)]
     assert 'test accuracy' in fresh
     with module.tf.Graph().as_default() as mine:
         module.main([*flags, '--max_steps=10'])  # a run without a seed changes nothing
@@ -204,7 +214,7 @@ def test_ctrl_c_while_modules_still_load_is_as_in_any_python_script(script, modu
 
 
 def test_nothing_is_written_to_a_pipe_but_lines_as_they_come(few_digits):
-    process = start('mnist_deep.py', '--max_steps=1000000', '--data_dir', few_digits)
+    process = forked.start('mnist_deep.py', '--max_steps=1000000', '--data_dir', few_digits)
     assert process.stdout.readline().startswith('step 0, training accuracy ')
     process.terminate()
     assert own_lines(process.communicate(timeout=60)[1]) == 'stopped\n'
