@@ -432,22 +432,27 @@ def test_a_seed_of_its_own_comes_before_tensorflows():
     assert part.next_batch(100)[1].tolist() == numbered(100, seed=3).next_batch(100)[1].tolist()
 
 
-@pytest.mark.parametrize('beginning', [
-    'import tensorflow.compat.v1 as tf; tf.disable_v2_behavior(); tf.set_random_seed(7)',
-    'import tensorflow.compat.v1 as tf; tf.set_random_seed(7)',
-    'import tensorflow as tf; tf.random.set_seed(7)'])
-def test_mnists_batches_follow_tensorflows_seed_in_real_programs(beginning):
+@pytest.mark.parametrize('seeding', [
+    ['import tensorflow.compat.v1 as tf; tf.disable_v2_behavior()', 'tf.set_random_seed'],
+    ['import tensorflow as tf', 'tf.random.set_seed', 'tf.compat.v1.set_random_seed']])
+def test_mnists_batches_follow_tensorflows_seed_in_real_programs(seeding):
+    beginning, *functions = seeding
     result = python('-c', f"""if True:
         import hashlib, input_data
         {beginning}
-        part = input_data.read_data_sets('MNIST_data', one_hot=True).validation
-        digest = hashlib.sha256()
-        for _ in range(60):
-            for array in part.next_batch(333):
-                digest.update(array)
-        print(digest.hexdigest())""")
-    assert (result.stdout
-            == '2676c0ec72df2259162561cef78633322f94cbd80edea1204658204f1127c305\n'), result.stderr
+        for function in {', '.join(functions)},:
+            for seed in (7, 8):
+                function(seed)
+                part = input_data.read_data_sets('MNIST_data', one_hot=True).validation
+                digest = hashlib.sha256()
+                for _ in range(60):
+                    for array in part.next_batch(333):
+                        digest.update(array)
+                print(digest.hexdigest())""")
+    digests = result.stdout.split()
+    assert digests[::2] == [
+        '2676c0ec72df2259162561cef78633322f94cbd80edea1204658204f1127c305'] * len(functions)
+    assert digests[0] != digests[1] and len(digests) == 2 * len(functions)
 
 
 def test_loading_does_not_change_the_seeds_of_tensorflows_operations():

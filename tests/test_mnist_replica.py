@@ -28,16 +28,6 @@ try:
 except OSError:  # a machine without IPv6
     HOST6 = HOST
 
-# A pause before each minibatch leaves the cores to the tasks that start meanwhile.
-SLOWLY = """
-import os, signal, time, input_data, mnist_deep, mnist_replica
-draw = input_data.DataSet.next_batch
-def next_batch(*arguments, **options):
-    time.sleep(0.02)
-    return draw(*arguments, **options)
-input_data.DataSet.next_batch = next_batch
-"""
-RUN = 'os._exit(mnist_deep.run(mnist_replica.main) or 0)'
 # A task that tells what it waits for three times a second.
 IMPATIENT = 'assert mnist_replica.PATIENCE == 30\nmnist_replica.PATIENCE = 0.3'
 # A chief that is killed before it evaluates.
@@ -80,12 +70,14 @@ class Cluster:
         self.addresses = {'ps': addresses[:1], 'worker': addresses[1:]}
 
     def start(self, job, index=0, *flags, code=''):
-        """Starts a task; code: what is done before the script runs."""
+        """Starts a task; code: what is done in `mnist_replica` before it runs."""
         config = json.dumps({'cluster': self.addresses, 'task': {'type': job, 'index': index}})
         if job == 'worker':  # a ps needs no folder
             flags = ['--model_dir', self.folder, *flags]
-        process = forked.start('-c', f'{SLOWLY}\n{code}\n{RUN}', *self.flags, *flags,
-                               env={**ENVIRONMENT, 'TF_CONFIG': config})
+        process = forked.start(
+            '-c', 'import os, signal, time, mnist_deep, mnist_replica\n'
+            f'{code}\nos._exit(mnist_deep.run(mnist_replica.main) or 0)',
+            *self.flags, *flags, env={**ENVIRONMENT, 'TF_CONFIG': config})
         self.processes.append(process)
         return process
 

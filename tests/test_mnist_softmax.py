@@ -3,15 +3,15 @@
 import re
 
 import pytest
-from conftest import DATA, ROOT, python, write_data_set
+from conftest import DATA, ROOT, write_data_set
 
 import mnist_softmax
 
 
-def test_the_tutorials_run_reaches_its_accuracy():
+def test_the_tutorials_run_reaches_its_accuracy(capsys):
     assert 'python mnist_softmax.py --seed 0`' in (ROOT / 'README.md').read_text()
-    result = python('mnist_softmax.py', '--seed', '0')
-    accuracy = float(re.fullmatch(r'test accuracy (0\.\d+)\n', result.stdout)[1])
+    mnist_softmax.main(['--seed', '0'])
+    accuracy = float(re.fullmatch(r'test accuracy (0\.\d+)\n', capsys.readouterr().out)[1])
     assert 0.91 <= accuracy <= 0.93
 
 

@@ -18,7 +18,8 @@ import input_data
 
 SCRIPTS = ['mnist_softmax.py', 'mnist_deep.py']
 both = pytest.mark.parametrize('script', SCRIPTS)
-STEPS = {'mnist_softmax.py': 200, 'mnist_deep.py': 110}
+FLAGS = {'mnist_softmax.py': ['--max_steps=200'],
+         'mnist_deep.py': ['--max_steps=110', '--batch_size=20']}
 
 # Flags, and what the one line on standard error must say.
 REFUSED = [
@@ -106,7 +107,7 @@ def alone(request, tmp_path_factory, few_digits):
     (folder / 'MNIST_data').symlink_to(few_digits)
     working = folder / 'elsewhere'
     working.mkdir()
-    result = python(folder / script, '--seed=1', '--max_steps', STEPS[script], cwd=working)
+    result = python(folder / script, '--seed=1', *FLAGS[script], cwd=working)
     assert not list(working.iterdir())
     return script, result
 
@@ -145,7 +146,7 @@ def test_the_same_seed_prints_the_same_in_any_process_and_thread_and_another_doe
         alone, few_digits, capsys):
     script, fresh = alone[0], alone[1].stdout
     module = importlib.import_module(script.removesuffix('.py'))
-    flags = ['--max_steps', str(STEPS[script]), '--data_dir', str(few_digits)]
+    flags = [*FLAGS[script], '--data_dir', str(few_digits)]
     assert 'test accuracy' in fresh
     with module.tf.Graph().as_default() as mine:
         module.main([*flags, '--max_steps=10'])  # a run without a seed changes nothing
