@@ -31,7 +31,8 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 
 # The longest files come first, so that pytest's workers come to their end together.
 LONGEST = ['test_mnist_replica.py', 'test_model_dir.py', 'test_mnist_predict.py',
-           'test_input_data.py', 'test_benchmarks.py', 'test_docs.py', 'test_scripts.py']
+           'test_input_data.py', 'test_benchmarks.py', 'test_docs.py', 'test_mnist_draw.py',
+           'test_scripts.py']
 
 
 def pytest_collection_modifyitems(items):

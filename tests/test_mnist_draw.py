@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import forked
 import numpy as np
 import psutil
 import pytest
@@ -198,8 +199,8 @@ def test_it_opens_the_browser_and_ctrl_c_ends_it_with_one_line(trained, tmp_path
     browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened.part\n'
                        f'mv {tmp_path}/opened.part {tmp_path}/opened\n')
     browser.chmod(0o755)
-    process = start('mnist_draw.py', '--model_dir', trained[0], '--port=0',
-                    env={**ENVIRONMENT, 'BROWSER': str(browser)})
+    process = forked.start('mnist_draw.py', '--model_dir', trained[0], '--port=0',
+                           env={**ENVIRONMENT, 'BROWSER': str(browser)})
     address = process.stdout.readline()
     while not (tmp_path / 'opened').exists():
         assert process.poll() is None
