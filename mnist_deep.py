@@ -150,7 +150,7 @@ def train(flags):
 
 
 # The tutorial ends here. The rest is for the command line: test images in batches, the progress
-# line, --bfloat16 and the other flags. What --model_dir adds is in model_dir.py.
+# line, Ctrl-C, --bfloat16 and the other flags. What --model_dir adds is in model_dir.py.
 
 
 def main(argv=None):
