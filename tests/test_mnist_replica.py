@@ -141,7 +141,10 @@ def next_line(process):
 
 def joined(process):
     """The step at which a worker has joined."""
-    return int(re.fullmatch(r'worker \d joins at step (\d+)\n', next_line(process))[1])
+    line = next_line(process)
+    step = re.fullmatch(r'worker \d joins at step (\d+)\n', line)
+    assert step, (line, process.poll())
+    return int(step[1])
 
 
 def last_step(folder):
@@ -238,9 +241,8 @@ def test_a_local_cluster_goes_on_shows_the_tutorials_lines_and_leaves_nothing(
 
 def local_cluster(workers, few_digits, folder, *flags):
     """A running cluster, and all its processes, while it trains."""
-    process = forked.start('mnist_replica.py', f'--workers={workers}', '--max_steps=100000',
-                           '--batch_size=5', '--data_dir', few_digits, '--model_dir', folder,
-                           *flags)
+    process = forked.start('mnist_replica.py', f'--workers={workers}', '--max_steps=100000', *flags,
+                           '--batch_size=5', '--data_dir', few_digits, '--model_dir', folder)
     assert process.stdout.readline().startswith('step ')
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) == 1 + workers
@@ -255,8 +257,8 @@ def test_ctrl_c_and_sigterm_keep_the_network_and_leave_no_process(number, worker
     process.send_signal(number)
     errors = own_lines(process.communicate(timeout=60)[1])
     assert process.returncode == 128 + number
-    step = int(re.fullmatch(fr'stopped at step (\d+), kept in {tmp_path}\n', errors)[1])
-    assert last_step(tmp_path) == step > 0
+    step = re.fullmatch(fr'stopped at step (\d+), kept in {tmp_path}\n', errors)
+    assert step and last_step(tmp_path) == int(step[1]) > 0, errors
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
@@ -287,6 +289,7 @@ def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path, few_
     joined(worker)
 
     worker.kill()
+    worker.wait(60)  # its address is free then
     if not mode:  # one that is gone for good leaves the others going
         until(checkpoint_after(model, newest(model) + 20), chief)
     worker = tasks.start('worker', 1)
