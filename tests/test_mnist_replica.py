@@ -18,6 +18,7 @@ import input_data
 import mnist_deep
 import mnist_predict
 import mnist_replica
+import model_dir
 
 tf = mnist_deep.tf
 
@@ -118,8 +119,7 @@ def until(condition, process):
 
 def saved(folder):
     """The steps of a folder's checkpoints, the oldest first."""
-    return sorted(int(path.stem.rsplit('-', 1)[1])
-                  for path in folder.glob('mnist_deep.ckpt-*.index'))
+    return sorted(map(model_dir.steps_of, model_dir.checkpoints(str(folder))))
 
 
 def newest(folder):
