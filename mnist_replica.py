@@ -73,12 +73,11 @@ def serve(cluster, server, index):
     """A parameter server: holds its share of the variables until all workers are done."""
     terminated = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-    chief_is_done = done_queue(index).dequeue()
+    # Asked for its size: a dequeue with a timeout, now and then, loses what it gets.
+    chief_is_done = done_queue(index).size()
     with tf.Session(server.target, config=reach_only('ps', index)) as sess:
-        while not terminated.is_set():
-            with contextlib.suppress(tf.errors.DeadlineExceededError):
-                sess.run(chief_is_done, options=tf.RunOptions(timeout_in_ms=1000))
-                break
+        while not sess.run(chief_is_done) and not terminated.wait(0.1):
+            pass
     # The others end after the step that they are at, however long it takes; those that are gone are
     # not waited for. At SIGTERM, which a whole cluster gets at once, the chief saves first.
     told = time.monotonic()
@@ -356,7 +355,7 @@ def reach_only(job, index, bfloat16=False):
 def done_queue(ps):
     """The queue on a parameter server to which the chief adds True when all is done."""
     with tf.device(f'/job:ps/task:{ps}'):
-        return tf.FIFOQueue(1, tf.bool, shapes=[[]], shared_name=f'done_{ps}')
+        return tf.FIFOQueue(-1, tf.bool, shapes=[[]], shared_name=f'done_{ps}')
 
 
 def read_tf_config():
