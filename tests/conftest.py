@@ -146,7 +146,7 @@ def few_digits(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-    """A model folder after 400 steps, and what the run printed; one for all of pytest's workers."""
+    """A model folder, and what the run of 200 steps printed; one for all of pytest's workers."""
     shared = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ:
         shared = shared.parent
@@ -154,8 +154,8 @@ def trained(tmp_path_factory):
     with open(shared / 'trained.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here for the first one
         if not printed.exists():
-            result = python('mnist_deep.py', '--max_steps=400', '--seed=1', '--model_dir', folder,
-                            '--save_checkpoints_steps=150')
+            result = python('mnist_deep.py', '--max_steps=200', '--seed=1', '--model_dir', folder,
+                            '--learning_rate=1e-3', '--save_checkpoints_steps=75')
             assert (result.returncode, result.stderr) == (0, '')
             printed.write_text(result.stdout)
     return folder, printed.read_text()

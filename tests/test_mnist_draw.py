@@ -261,7 +261,7 @@ def test_drawn_digits_are_read_and_cleared(page, trained):
             page.find_element('id', 'clear').click()
         else:
             page.find_element('tag name', 'body').send_keys('\ue00c')  # Escape
-    assert right >= 8  # of a network that has trained for 400 steps
+    assert right >= 8  # of a network that has trained for 200 steps
 
 
 def test_a_stroke_that_comes_while_the_paper_is_packed_is_asked_about_next(page):

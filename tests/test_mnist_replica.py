@@ -190,7 +190,7 @@ def next_batch(self, size, shuffle=True):
     batch = draw(self, size, shuffle=shuffle)
     task = json.loads(os.environ['TF_CONFIG'])['task']
     if shuffle and task['type'] == 'worker':
-        with open(f'{os.path.dirname(__file__)}/batches-{task["index"]}', 'a') as notes:
+        with open(f'{os.environ["NOTES"]}/batches-{task["index"]}', 'a') as notes:
             notes.write(''.join(map(str, batch[1].argmax(1))) + '\\n')
     return batch
 if 'TF_CONFIG' in os.environ:
@@ -198,45 +198,60 @@ if 'TF_CONFIG' in os.environ:
 """
 
 
-@pytest.mark.parametrize('mode, steps, seed, shares', [
-    ([], 220, 2**32 - 1, 2), (['--sync_replicas', '--bfloat16'], 60, 3, 1)])
+def batches_in_order(folder, worker, few_digits, seed):
+    """How many minibatches of 20 a worker has noted, all in the order of its own."""
+    train = input_data.read_data_sets(few_digits, seed=(seed + worker) % 2**32).train
+    batches = (folder / f'batches-{worker}').read_text().split()
+    assert batches == [''.join(map(str, train.next_batch(20)[1])) for _ in batches]
+    return len(batches)
+
+
 def test_a_local_cluster_goes_on_shows_the_tutorials_lines_and_leaves_nothing(
-        mode, steps, seed, shares, alone, tmp_path, few_digits, capsys):
+        alone, tmp_path, few_digits, capsys):
     (tmp_path / 'sitecustomize.py').write_text(NOTES)
     folder = shutil.copytree(alone[0], tmp_path / 'model')
     flags = ['--data_dir', str(few_digits), '--model_dir', str(folder)]
-    result = python('mnist_replica.py', '--workers=2', '--batch_size=20', '--max_steps', steps,
-                    '--seed', seed, *mode, *flags,
-                    env={**ENVIRONMENT, 'PYTHONPATH': f'{tmp_path}:{ROOT}',
-                         'ONEDNN_MAX_CPU_ISA': 'AVX512_CORE'})
-    slow = ['--bfloat16: this CPU could only emulate it, slowly; training in float32']
-    assert result.returncode == 0
-    assert result.stderr.splitlines() == (
-        slow * ('--bfloat16' in mode) + [f'going on from step 12 of {steps}'])
+    result = python('mnist_replica.py', '--workers=2', '--batch_size=20', '--max_steps=120',
+                    '--seed', 2**32 - 1, *flags,
+                    env={**ENVIRONMENT, 'PYTHONPATH': f'{tmp_path}:{ROOT}', 'NOTES': str(tmp_path)})
+    assert (result.returncode, result.stderr) == (0, 'going on from step 12 of 120\n')
     *lines, last = result.stdout.splitlines()
     shown = [re.fullmatch(r'step (\d+), training accuracy [01](\.\d+)?', line) for line in lines]
-    assert [int(match[1]) // 100 for match in shown] == list(range(1 + steps // 100))
+    assert [int(match[1]) // 100 for match in shown] == [0, 1]
     assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > 0.5
-    assert last_step(folder) == steps if mode else last_step(folder) in (steps, steps + 1)
+    assert last_step(folder) in (120, 121)
     assert not [process for process in psutil.process_iter(['cmdline'])
                 if str(folder) in str(process.info['cmdline'])]
 
     # Each worker has gone on in an order of its own, after its share of the steps.
     for worker in range(2):
-        train = input_data.read_data_sets(few_digits, seed=(seed + worker) % 2**32).train
-        batches = (tmp_path / f'batches-{worker}').read_text().split()
-        assert batches == [''.join(map(str, train.next_batch(20)[1])) for _ in batches]
-        if mode:  # all that the run drew again, and all that it trained on
-            assert len(batches) == steps
-        else:
-            assert len(batches) > 12 // shares
+        assert batches_in_order(tmp_path, worker, few_digits, 2**32 - 1) > 12 // 2
 
     # And each other script goes on with what a cluster has kept.
-    mnist_deep.main(['--max_steps', str(steps + 3), *flags])
-    assert re.fullmatch(fr'going on from step \d+ of {steps + 3}\n', capsys.readouterr().err)
-    assert last_step(folder) == steps + 3
+    mnist_deep.main(['--max_steps=123', *flags])
+    assert re.fullmatch(r'going on from step \d+ of 123\n', capsys.readouterr().err)
+    assert last_step(folder) == 123
     mnist_predict.main([str(ROOT / 'docs' / 'digit.png'), f'--model_dir={folder}'])
     assert re.search(r'digit.png: \d \(', capsys.readouterr().out)
+
+
+def test_synchronous_workers_go_on_step_by_step(alone, cluster, tmp_path, few_digits):
+    folder = shutil.copytree(alone[0], tmp_path / 'model')
+    tasks = cluster(2, 60, '--seed=3', '--batch_size=20', '--sync_replicas', '--bfloat16')
+    code = (f'os.environ.update(ONEDNN_MAX_CPU_ISA="AVX512_CORE", NOTES={str(tmp_path)!r})\n'
+            + NOTES)
+    server, chief, worker = (tasks.start('ps'), tasks.start('worker', 0, code=code),
+                             tasks.start('worker', 1, code=code))
+    output, errors = chief.communicate(timeout=120)
+    assert chief.returncode == worker.wait(60) == server.wait(60) == 0
+    slow = '--bfloat16: this CPU could only emulate it, slowly; training in float32\n'
+    assert own_lines(errors) == slow + 'going on from step 12 of 60\n'
+    assert own_lines(worker.stderr.read()) == slow + 'worker 1 joins at step 12\n'
+    assert re.fullmatch(r'step 12, training accuracy [01](\.\d+)?\ntest accuracy 0\.\d+\n', output)
+    assert float(output.split()[-1]) > 0.5
+    assert last_step(folder) == 60
+    for worker in range(2):  # all that the first twelve steps drew, and all since then
+        assert batches_in_order(tmp_path, worker, few_digits, 3) == 60
 
 
 def local_cluster(workers, few_digits, folder, *flags):
