@@ -155,7 +155,7 @@ def trained(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here for the first one
         if not printed.exists():
             result = python('mnist_deep.py', '--max_steps=200', '--seed=1', '--model_dir', folder,
-                            '--learning_rate=1e-3', '--save_checkpoints_steps=75')
+                            '--learning_rate=5e-4', '--save_checkpoints_steps=75')
             assert (result.returncode, result.stderr) == (0, '')
             printed.write_text(result.stdout)
     return folder, printed.read_text()
