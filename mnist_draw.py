@@ -20,8 +20,6 @@ import sys
 import threading
 import webbrowser
 
-import numpy as np
-
 import input_data
 import mnist_deep
 import model_dir
@@ -73,17 +71,13 @@ def both_networks(sess, flags):
 
     def look(image):
         (deep, softmax), layers = sess.run([probabilities, LAYERS], {x: [image], keep_prob: 1.0})
-        return {'digit': int(deep.argmax()), 'image': as_levels(image.reshape(28, 28)),
+        return {'digit': int(deep.argmax()),
                 'deep': deep[0].tolist(), 'softmax': softmax[0].tolist(),
-                # Of each layer, a picture of each feature, all on one scale
-                'layers': {name: as_levels(layer[0].transpose(2, 0, 1) / (layer.max() or 1))
-                           for name, layer in zip(LAYERS, layers)}}
+                # Levels of grey from 0 to 255; those of a layer's features are on one scale
+                'image': (255 * image.reshape(28, 28)).round().astype(int).tolist(),
+                'layers': {name: (255 / (layer.max() or 1) * layer[0]).round().astype(int)
+                           .transpose(2, 0, 1).tolist() for name, layer in zip(LAYERS, layers)}}
     return look
-
-
-def as_levels(brightness):
-    """A float array in [0, 1] as nested lists of whole numbers from 0 to 255."""
-    return np.round(brightness * 255).astype(int).tolist()
 
 
 def main(argv=None):
@@ -110,7 +104,6 @@ MAX_BYTES = 20_000_000  # of a picture that is sent
 class Server(http.server.ThreadingHTTPServer):
     """Listens on 127.0.0.1 alone, and reads pictures with its attribute `look`."""
 
-    daemon_threads = True
     request_queue_size = 100
 
     def __init__(self, port):
@@ -120,12 +113,11 @@ class Server(http.server.ThreadingHTTPServer):
             raise OSError(f'--port {port}: {getattr(error, "strerror", error)}; name another one'
                           ) from None
         self.hosts = [f'{name}:{self.server_port}' for name in ('127.0.0.1', 'localhost', '[::1]')]
-        with open(PAGE, encoding='utf-8') as f:
-            page = f.read()
-        self.page = page.encode()
+        with open(PAGE, 'rb') as f:
+            self.page = f.read()
         # The page may run its own script, have its own style and ask this server: nothing else.
         script, style = (base64.b64encode(hashlib.sha256(re.search(
-            f'<{tag}>(.*?)</{tag}>', page, re.DOTALL)[1].encode()).digest()).decode()
+            f'<{tag}>(.*?)</{tag}>'.encode(), self.page, re.DOTALL)[1]).digest()).decode()
             for tag in ('script', 'style'))
         self.policy = (f"default-src 'none'; script-src 'sha256-{script}'; style-src "
                        f"'sha256-{style}'; connect-src 'self'; img-src data:; base-uri 'none'; "
@@ -199,12 +191,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def parse_flags(argv):
     """The command line's flags."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model_dir', default='model', type=os.path.expanduser, metavar='FOLDER',
-                        help='where mnist_deep.py --model_dir has put its checkpoints (default: '
-                        '%(default)s)')
+                        help='that of mnist_deep.py, with its checkpoints (default: %(default)s)')
     parser.add_argument('--data_dir', default=os.path.join(os.path.dirname(PAGE), 'MNIST_data'),
                         metavar='FOLDER', help='where the MNIST files are (default: %(default)s)')
     parser.add_argument('--port', type=int, default=8000, metavar='N',

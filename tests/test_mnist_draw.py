@@ -303,7 +303,7 @@ def test_a_feature_is_shown_large_with_its_name(page):
     feature = page.find_element('css selector', '[aria-label="conv2/Relu:0, feature 17"]')
     page.execute_script('arguments[0].focus()', feature)
     assert text(page, 'name') == 'conv2/Relu:0, feature 17'
-    feature.send_keys('\ue014')  # the right arrow
+    feature.send_keys('\ue004')  # Tab
     assert text(page, 'name') == 'conv2/Relu:0, feature 18'
     assert page.execute_script('return document.getElementById("large").width') == 14
     page.execute_script('arguments[0].dispatchEvent(new PointerEvent("pointerover", '
