@@ -58,8 +58,7 @@ def both_networks(sess, flags):
     b = tf.Variable(tf.zeros([10]))
     y = tf.matmul(x, W) + b
     y_ = tf.placeholder(tf.float32, shape=[None, 10])
-    cross_entropy = tf.reduce_mean(
-        tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y))
+    cross_entropy = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y))
     train_step = tf.train.GradientDescentOptimizer(0.5).minimize(cross_entropy)
     sess.run([W.initializer, b.initializer])
     mnist = input_data.read_data_sets(flags.data_dir, one_hot=True)
@@ -110,14 +109,15 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__(('127.0.0.1', port), Handler)
         except (OSError, OverflowError) as error:
-            raise OSError(f'--port {port}: {getattr(error, "strerror", error)}; name another one'
-                          ) from None
+            reason = getattr(error, 'strerror', error)
+            raise OSError(f'--port {port}: {reason}; name another one') from None
         self.hosts = [f'{name}:{self.server_port}' for name in ('127.0.0.1', 'localhost', '[::1]')]
-        with open(PAGE, 'rb') as f:
-            self.page = f.read()
+        with open(PAGE, encoding='utf-8') as f:  # with the ends of lines that a browser sees
+            page = f.read()
+        self.page = page.encode()
         # The page may run its own script, have its own style and ask this server: nothing else.
         script, style = (base64.b64encode(hashlib.sha256(re.search(
-            f'<{tag}>(.*?)</{tag}>'.encode(), self.page, re.DOTALL)[1]).digest()).decode()
+            f'<{tag}>(.*?)</{tag}>', page, re.DOTALL)[1].encode()).digest()).decode()
             for tag in ('script', 'style'))
         self.policy = (f"default-src 'none'; script-src 'sha256-{script}'; style-src "
                        f"'sha256-{style}'; connect-src 'self'; img-src data:; base-uri 'none'; "
