@@ -303,7 +303,7 @@ def watch(worker):
     training = concurrent.futures.ThreadPoolExecutor(1).submit(work, worker)
     try:
         alone = 0
-        while not concurrent.futures.wait([training], PATIENCE).done:
+        while not ends_within(PATIENCE, training):
             faults = {}
             if worker.heard and time.monotonic() > worker.heard + PATIENCE:
                 faults = worker.faults()
@@ -318,7 +318,7 @@ def watch(worker):
         session = worker.session
         if worker.saves and session:
             worker.stopped = True
-            if concurrent.futures.wait([training], 10).done:  # it has saved, after its step
+            if ends_within(10, training):  # it has saved, after its step
                 training.result()
             else:
                 with contextlib.suppress(tf.errors.AbortedError, tf.errors.UnavailableError):
@@ -326,6 +326,18 @@ def watch(worker):
         if worker.saved is not None:
             stopped.args = f'stopped at step {worker.saved}, kept in {worker.flags.model_dir}',
         raise
+
+
+def ends_within(seconds, training):
+    """Whether it ends in so many seconds.
+
+    They are waited for in parts. A signal may reach any thread, and the main one, which handles it,
+    then learns of it only when it goes on by itself.
+    """
+    end = time.monotonic() + seconds
+    while not training.done() and time.monotonic() < end:
+        concurrent.futures.wait([training], 0.1)
+    return training.done()
 
 
 def stop(number, _):
