@@ -67,7 +67,7 @@ def draw(chromium, image):
             'x': left + (column + 0.5) * width / 28, 'y': top + (row + 0.5) * width / 28})
     for path in strokes(image):
         point('mousePressed', path[0], 1)
-        for place in path[3::3]:  # about three pixels apart
+        for place in path[4::4]:  # about four pixels apart
             point('mouseMoved', place, 1)
         point('mouseMoved', path[-1], 1)
         point('mouseReleased', path[-1], 0)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import forked
 import pytest
 from conftest import ROOT, python
 
@@ -15,7 +16,18 @@ import run
 @pytest.fixture(scope='module')
 def results(trained):
     """What each benchmark finds with --quick, by name."""
-    return {name: benchmark(True, str(trained[0])) for name, benchmark in run.BENCHMARKS.items()}
+    usual = subprocess.run
+
+    def contestant(command, **options):
+        if 'step_keras' in command:  # Keras is not to find our TensorFlow 1.x
+            return usual(command, **options)
+        process = forked.start(*command[1:])
+        output, errors = process.communicate()
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.subprocess, 'run', contestant)
+        return {name: benchmark(True, str(trained[0]))
+                for name, benchmark in run.BENCHMARKS.items()}
 
 
 def test_every_benchmark_has_a_figure_above_0_of_each_kind_of_contestant(results):

@@ -19,7 +19,7 @@ import input_data
 SCRIPTS = ['mnist_softmax.py', 'mnist_deep.py']
 both = pytest.mark.parametrize('script', SCRIPTS)
 FLAGS = {'mnist_softmax.py': ['--max_steps=200'],
-         'mnist_deep.py': ['--max_steps=110', '--batch_size=20']}
+         'mnist_deep.py': ['--max_steps=110', '--batch_size=10']}
 
 # Flags, and what the one line on standard error must say.
 REFUSED = [
