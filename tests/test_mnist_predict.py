@@ -120,7 +120,7 @@ def test_pasted_digits_are_read_as_the_digits_themselves(network, camera):
     numbers = random.permutation(10000)[:300]
     images = []
     for number in numbers:
-        size = int(np.exp(random.uniform(np.log(28), np.log(500))))
+        size = int(np.exp(random.uniform(np.log(28), np.log(1000))))
         images.append(mnist_predict.normalise(camera.photograph(TEST.images[number], size)))
     right, right_directly = ((network(found) == TEST.labels[numbers]).mean()
                              for found in (images, TEST.images[numbers]))
