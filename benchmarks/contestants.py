@@ -14,7 +14,6 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 DATA = ROOT / 'MNIST_data'
 
 
@@ -30,9 +29,9 @@ def timed(function, *arguments):
     return time.perf_counter() - began, result
 
 
-def run_script(script, *arguments):
-    """Seconds that a script takes from start to end."""
-    return timed(lambda: subprocess.run([sys.executable, ROOT / script, *arguments], check=True,
+def run_script(*arguments):
+    """Seconds that `python` with these arguments takes from start to end."""
+    return timed(lambda: subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True,
                                         stdout=subprocess.DEVNULL))[0]
 
 
@@ -220,13 +219,13 @@ def reading(model_dir, way, digits):
     """
     import numpy as np
     from PIL import Image
-    sys.path.insert(0, str(ROOT / 'tests'))
-    import photographs
 
     import input_data
-    import mnist_predict
+    import mnist_deep
     import model_dir as kept
-    tf = mnist_predict.tf
+    from extras.pictures import normalise
+    from tests import photographs
+    tf = mnist_deep.tf
     test = input_data.read_data_sets(DATA).test
     camera, random = photographs.Camera(seed=1), np.random.RandomState(1)
     chosen = random.permutation(10000)[:digits]
@@ -242,12 +241,12 @@ def reading(model_dir, way, digits):
             small = np.asarray(small, np.float32).ravel() / 255
             return small if light_ink else 1 - small
         try:
-            return mnist_predict.normalise(picture)
+            return normalise(picture)
         except ValueError:  # an answer that is wrong
             return np.zeros(784, np.float32)
     images = [seen(*each) for each in zip(chosen, sizes)]
     x = tf.placeholder(tf.float32, [None, 784])
-    y_conv, keep_prob = mnist_predict.mnist_deep.deepnn(x)
+    y_conv, keep_prob = mnist_deep.deepnn(x)
     with tf.Session() as sess:
         kept.restore_newest(model_dir)
         right = np.concatenate([sess.run(y_conv, {x: images[i:i + 200], keep_prob: 1.0}).argmax(1)
@@ -256,7 +255,7 @@ def reading(model_dir, way, digits):
 
 
 def predict(model_dir, height, width, pictures):
-    """mnist_predict.py on so many pictures of that size: the time of each beyond the start-up."""
+    """extras.predict on so many pictures of that size: the time of each beyond the start-up."""
     import numpy as np
     from PIL import Image
 
@@ -269,7 +268,7 @@ def predict(model_dir, height, width, pictures):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'picture.jpg')
         Image.fromarray(page).convert('RGB').save(path, quality=95)
-        once, all_of_them = (run_script('mnist_predict.py', '--model_dir', model_dir,
+        once, all_of_them = (run_script('-m', 'extras.predict', '--model_dir', model_dir,
                                         *[path] * count) for count in (1, 1 + pictures))
     return {'pictures per s': pictures / (all_of_them - once), 'start-up and one s': once,
             'peak MB': peak(resource.RUSAGE_CHILDREN)}
@@ -277,17 +276,17 @@ def predict(model_dir, height, width, pictures):
 
 # Many workers
 
-def training(script, steps, batch, flags):
+def training(steps, batch, command):
     """A training script's steps, by the lines that it prints, and what goes over loopback."""
     import psutil
-    process = subprocess.Popen([sys.executable, ROOT / script, f'--max_steps={steps}',
-                                f'--batch_size={batch}', *flags],
+    process = subprocess.Popen([sys.executable, *command, f'--max_steps={steps}',
+                                f'--batch_size={batch}'], cwd=ROOT,
                                stdout=subprocess.PIPE, text=True)
     marks = [(int(line.split()[1].rstrip(',')), time.perf_counter(),
               psutil.net_io_counters(pernic=True)['lo'].bytes_sent)
              for line in process.stdout if line.startswith('step ')]
     if process.wait():
-        raise RuntimeError(f'{script} ended with code {process.returncode}')
+        raise RuntimeError(f'{command} ended with code {process.returncode}')
     # From step 100 on, where there is more: the first steps are slower.
     (first, began, before), (last, ended, after) = marks[len(marks) > 2], marks[-1]
     return {'step ms': (ended - began) / (last - first) * 1e3,

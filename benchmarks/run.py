@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 
-HERE = pathlib.Path(__file__).resolve().parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def compete(title, contestants, rounds, ratios, quick=False):
@@ -43,8 +43,8 @@ def compete(title, contestants, rounds, ratios, quick=False):
                 continue
             print(f'{title}, round {number + 1} of {rounds}: {name}', file=sys.stderr)
             process = subprocess.run(
-                [sys.executable, str(HERE / 'contestants.py'), function, json.dumps(arguments)],
-                capture_output=True, text=True, check=False)
+                [sys.executable, '-m', 'benchmarks.contestants', function, json.dumps(arguments)],
+                cwd=ROOT, capture_output=True, text=True, check=False)
             if process.returncode:
                 said = process.stderr.strip().rpartition('\n')[2] or 'no message'
                 failures[name] = f'failed with code {process.returncode}: {said}'
@@ -147,7 +147,7 @@ def whole(quick, _):
 
 
 def pictures(quick, model_dir):
-    """mnist_predict.py, with a fully trained network."""
+    """extras.predict, with a fully trained network."""
     one = {'model_dir': model_dir, 'digits': 20 if quick else 500}
     contestants = {name: (None, 'reading', {**one, 'way': way}) for name, way in (
         ('pasted digits, normalised', 'normalised'), ('pasted digits, resized', 'resized'),
@@ -157,18 +157,18 @@ def pictures(quick, model_dir):
                                         1 if quick else 20)):
         contestants[name] = None, 'predict', {'model_dir': model_dir, 'height': height,
                                               'width': width, 'pictures': count}
-    return compete('mnist_predict.py', contestants, 1, [], quick)
+    return compete('extras.predict', contestants, 1, [], quick)
 
 
 def workers(quick, _):
-    """mnist_replica.py: 2 cores show what the wire costs, not how it scales."""
+    """extras.replica: 2 cores show what the wire costs, not how it scales."""
     alone, one, two = 'mnist_deep.py', '1 ps, 1 worker', '1 ps, 2 workers'
     steps = {'steps': 101 if quick else 1001, 'batch': 5 if quick else 50}
-    return compete('mnist_replica.py', {
-        name: (None, 'training', {**steps, 'script': script, 'flags': flags})
-        for name, script, flags in ((alone, 'mnist_deep.py', []),
-                                    (one, 'mnist_replica.py', ['--workers=1']),
-                                    (two, 'mnist_replica.py', ['--workers=2']))},
+    return compete('extras.replica', {
+        name: (None, 'training', {**steps, 'command': command})
+        for name, command in ((alone, ['mnist_deep.py']),
+                              (one, ['-m', 'extras.replica', '--workers=1']),
+                              (two, ['-m', 'extras.replica', '--workers=2']))},
         3, [('step ms', one, alone), ('images per s', two, one)], quick)
 
 

@@ -1,11 +1,11 @@
-"""Makes the pictures of README.md and docs: `python docs/make_pictures.py --model_dir model`.
+"""Makes the pictures of README.md and docs: `python -m docs.make_pictures --model_dir model`.
 
 digits.png: training digits as the loader gives them, ink dark.
 weights.png: what softmax regression learns for each class, 0 to 9: blue speaks for it, red against.
 digit.png: one test digit as a scanner would give it, dark on white, larger: a digit to read.
 photographs.png: three photographs of digits and three drawings, and below each what the network
     sees of it.
-drawing.png: the page of mnist_draw.py with a 6 that softmax regression takes for a 5; only with
+drawing.png: the page of extras.draw with a 6 that softmax regression takes for a 5; only with
     --model_dir, a trained network, and if there is a Chromium (Debian's packages chromium and
     chromium-driver).
 """
@@ -21,15 +21,13 @@ import numpy as np
 from PIL import Image, ImageOps
 from selenium.webdriver import ActionChains
 
+import input_data
+import mnist_softmax
+from extras import pictures
+from tests import browser, photographs
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-import browser  # noqa: E402 (the path comes first)
-import photographs  # noqa: E402
-
-import input_data  # noqa: E402
-import mnist_softmax  # noqa: E402
-import pictures  # noqa: E402
 
 DRAWING_SIZE = 1080, 755  # pixels of drawing.png: wide enough for the page's three columns
 
@@ -82,9 +80,10 @@ def photographs_and_what_is_seen(mnist):
 
 
 def drawing(model_dir, path):
-    """Saves what a Chromium shows of mnist_draw.py's page when a 6 is drawn."""
-    server = subprocess.Popen([sys.executable, ROOT / 'mnist_draw.py', '--model_dir', model_dir,
-                               '--no_browser', '--port', '0'], stdout=subprocess.PIPE, text=True)
+    """Saves what a Chromium shows of extras.draw's page when a 6 is drawn."""
+    server = subprocess.Popen([sys.executable, '-m', 'extras.draw', '--model_dir', model_dir,
+                               '--no_browser', '--port', '0'], cwd=ROOT, stdout=subprocess.PIPE,
+                              text=True)
     with server, tempfile.TemporaryDirectory() as profile:
         chromium = browser.start_chromium(profile)
         try:

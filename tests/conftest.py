@@ -30,8 +30,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith('TF_')}
 
 # The longest files come first, so that pytest's workers come to their end together.
-LONGEST = ['test_mnist_replica.py', 'test_model_dir.py', 'test_mnist_predict.py',
-           'test_input_data.py', 'test_benchmarks.py', 'test_docs.py', 'test_mnist_draw.py',
+LONGEST = ['test_replica.py', 'test_model_dir.py', 'test_predict.py',
+           'test_input_data.py', 'test_benchmarks.py', 'test_docs.py', 'test_draw.py',
            'test_scripts.py']
 
 

@@ -21,7 +21,7 @@ from conftest import ENVIRONMENT, ROOT
 def fork_server():
     """The standard library's fork server: it imports TensorFlow, and then forks."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['forked', 'mnist_replica'])
+    context.set_forkserver_preload(['forked', 'extras.replica'])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', os.pathsep.join(sys.path))  # where it finds these modules
         multiprocessing.forkserver.ensure_running()
@@ -82,6 +82,9 @@ def run(arguments, folder, environment, writers):
     if arguments[0] == '-c':
         sys.argv = ['-c', *arguments[2:]]
         exec(arguments[1], {'__name__': '__main__'})
+    elif arguments[0] == '-m':
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name='__main__', alter_sys=True)
     else:
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name='__main__')

@@ -2,15 +2,12 @@
 
 import json
 import subprocess
-import sys
 
 import forked
 import pytest
-from conftest import ROOT, python
+from conftest import python
 
-sys.path.insert(0, str(ROOT / 'benchmarks'))
-import contestants
-import run
+from benchmarks import contestants, run
 
 
 @pytest.fixture(scope='module')
@@ -69,7 +66,7 @@ def test_ratios_are_taken_within_a_round(monkeypatch):
 
 
 def test_the_command_runs_one_benchmark_alone():
-    result = python('benchmarks/run.py', '--quick', '--only=loader')
+    result = python('-m', 'benchmarks.run', '--quick', '--only=loader')
     assert result.returncode == 0
     assert result.stdout.count('**') == 2 and '| this project | ' in result.stdout
 

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 
-import make_pictures
 import numpy as np
 import pexpect
 import pytest
@@ -15,10 +14,9 @@ from conftest import DATA, ENVIRONMENT, ROOT, own_lines
 from PIL import Image
 
 import mnist_deep
-import mnist_draw
-import mnist_predict
-import mnist_replica
 import mnist_softmax
+from docs import make_pictures
+from extras import draw, predict, replica
 
 ENGLISH = ['README.md', 'docs/tutorial.md', 'docs/guide.md']
 KOREAN = ['README.ko.md', 'docs/tutorial.ko.md', 'docs/guide.ko.md']
@@ -155,9 +153,9 @@ def test_commands_are_good_shell_and_name_files_that_exist(pages):
 
 
 def test_quick_commands_run(folder, monkeypatch, capsys):
-    assert 'python mnist_predict.py docs/digit.png\n' in '\n'.join(commands(['README.md']))
+    assert 'python -m extras.predict docs/digit.png\n' in '\n'.join(commands(['README.md']))
     monkeypatch.chdir(folder)
-    mnist_predict.main(['docs/digit.png'])
+    predict.main(['docs/digit.png'])
     assert re.fullmatch(r'docs/digit\.png: 7 \(\d+\.\d%\)\n', capsys.readouterr().out)
     assert 'tf_upgrade_v2 --infile old.py --outfile new.py\n' in commands(ENGLISH)
     (folder / 'old.py').write_text('import tensorflow as tf\nx = tf.placeholder(tf.float32)\n')
@@ -247,13 +245,13 @@ def test_ci_runs_the_readmes_test_command():
 def test_every_flag_they_name_exists_and_every_flag_is_named(pages):
     text = '\n'.join(map(read, pages))
     table = re.findall(r'^\| `(--\w+)` \| (\S+)', text, re.MULTILINE)
-    softmax, deep, predict, replica, draw = ({f'--{name}' for name in vars(flags)} for flags in (
+    softmax, deep, reading, cluster, page = ({f'--{name}' for name in vars(flags)} for flags in (
         mnist_softmax.parse_flags([]), mnist_deep.flag_parser('').parse_args([]),
-        mnist_predict.parse_flags(['picture']), mnist_replica.parse_flags([]),
-        mnist_draw.parse_flags([])))
+        predict.parse_flags(['picture']), replica.parse_flags([]),
+        draw.parse_flags([])))
     assert {flag for flag, _ in table} == deep
     assert {flag for flag, of in table if 'mnist_deep' not in of} == softmax
-    known = deep | predict - {'--pictures'} | replica | draw
+    known = deep | reading - {'--pictures'} | cluster | page
     assert {'--show', '--workers', '--sync_replicas', '--port', '--no_browser'} <= known
     named = set(re.findall(r'(?<![\w-])--\w[\w-]*', text))
     assert known <= named <= known | {'--dist', '--logdir', '--infile', '--outfile', '--help'}
@@ -263,8 +261,9 @@ def test_every_flag_they_name_exists_and_every_flag_is_named(pages):
 
 def test_the_front_page_is_short_and_names_every_file():
     assert len(read('README.md').splitlines()) <= 150 >= len(read('README.ko.md').splitlines())
-    for page, path in itertools.product(('README.md', 'README.ko.md'), ROOT.glob('*.py')):
-        assert f'`{path.name}`' in read(page)
+    files = [*ROOT.glob('*.py'), *ROOT.glob('extras/[!_]*.py')]
+    for page, path in itertools.product(('README.md', 'README.ko.md'), files):
+        assert f'`{path.relative_to(ROOT)}`' in read(page)
 
 
 @pytest.mark.parametrize('page, other', PAIRS)

@@ -1,12 +1,12 @@
 """Trains the network of `mnist_deep.py` on many machines, by TensorFlow's own distributed runtime.
 
-    python mnist_replica.py --workers 2
+    python -m extras.replica --workers 2
 
 trains with 2 workers and a parameter server on this machine. In a cluster, the same command without
 --workers runs on each machine, and the environment variable TF_CONFIG tells each one its task:
 
     TF_CONFIG='{"cluster": {"ps": ["10.0.0.1:2222"], "worker": ["10.0.0.2:2222", "10.0.0.3:2222"]},
-                "task": {"type": "worker", "index": 0}}' python mnist_replica.py --model_dir model
+                "task": {"type": "worker", "index": 0}}' python -m extras.replica --model_dir model
 
 The parameter servers (ps) hold the variables. Each worker has a copy of the graph, trains on
 minibatches of its own, and sends its gradients; worker 0, the chief, also saves and evaluates.
@@ -435,7 +435,7 @@ def run_local_cluster(workers, argv):
         for job, index in tasks:
             config = json.dumps({'cluster': cluster, 'task': {'type': job, 'index': index}})
             processes[f'{job} {index}'] = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), *argv], stdin=subprocess.PIPE,
+                [sys.executable, '-m', 'extras.replica', *argv], stdin=subprocess.PIPE,
                 env={**os.environ, 'TF_CONFIG': config, LOCAL: '1'}, start_new_session=True)
         server, chief = processes['ps 0'], processes['worker 0']
         stopped = []

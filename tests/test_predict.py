@@ -14,14 +14,14 @@ import zlib
 import forked
 import numpy as np
 import pytest
-from conftest import DATA, ROOT, own_lines, python
+from conftest import DATA, ENVIRONMENT, ROOT, own_lines, python
 from photographs import Camera, drawn
 from PIL import Image
 from scipy import ndimage
 
 import input_data
 import mnist_deep
-import mnist_predict
+from extras import pictures, predict
 
 tf = mnist_deep.tf
 TEST = input_data.read_data_sets(DATA).test
@@ -107,7 +107,7 @@ def png_file(width, height, data, depth=8, color=0):
 # To MNIST's form
 
 def test_mnists_own_digits_stay_what_they_are(network):
-    images = [mnist_predict.normalise(np.round(image * 255).astype(np.uint8).reshape(28, 28))
+    images = [pictures.normalise(np.round(image * 255).astype(np.uint8).reshape(28, 28))
               for image in TEST.images]
     assert (network(images) == network(TEST.images)).mean() >= 0.995
     # Most of them are recognised as MNIST's, and stay the same, but for their largest value.
@@ -121,7 +121,7 @@ def test_pasted_digits_are_read_as_the_digits_themselves(network, camera):
     images = []
     for number in numbers:
         size = int(np.exp(random.uniform(np.log(28), np.log(1000))))
-        images.append(mnist_predict.normalise(camera.photograph(TEST.images[number], size)))
+        images.append(pictures.normalise(camera.photograph(TEST.images[number], size)))
     right, right_directly = ((network(found) == TEST.labels[numbers]).mean()
                              for found in (images, TEST.images[numbers]))
     assert right >= 0.97 * right_directly > 0.85
@@ -130,7 +130,7 @@ def test_pasted_digits_are_read_as_the_digits_themselves(network, camera):
 @pytest.mark.parametrize('light_ink', [True, False])
 @pytest.mark.parametrize('size', [28, 100, 1000])
 def test_the_result_is_light_on_dark_20_high_and_centred(size, light_ink, camera):
-    image = mnist_predict.normalise(camera.photograph(TEST.images[0], size, light_ink))
+    image = pictures.normalise(camera.photograph(TEST.images[0], size, light_ink))
     assert image.dtype == np.float32 and image.shape == (784,)
     assert image.min() == 0 and image.max() == 1
     image = image.reshape(28, 28)
@@ -148,8 +148,8 @@ def test_the_result_is_light_on_dark_20_high_and_centred(size, light_ink, camera
     lambda page: np.concatenate([page.repeat(3, axis=2) // 9 * 0, 255 - page], axis=2),
     lambda page: np.pad(page, [(900, 0), (0, 700), (0, 0)], constant_values=255)])
 def test_shade_colour_and_place_do_not_matter(change):
-    expected = mnist_predict.normalise(drawing(7))
-    found = mnist_predict.normalise(change(drawing(7)))
+    expected = pictures.normalise(drawing(7))
+    found = pictures.normalise(change(drawing(7)))
     assert np.abs(found - expected).mean() < 0.01
 
 
@@ -163,7 +163,7 @@ def test_a_digit_may_be_8_or_4000_pixels_high(height, network, camera):
         page = 255 - 255 * (
             np.asarray(Image.fromarray(large).resize((size, size), Image.BOX)) if height == 8
             else camera.enlarge(TEST.images[number], size))
-        image = mnist_predict.normalise(np.round(page).astype(np.uint8))
+        image = pictures.normalise(np.round(page).astype(np.uint8))
         right += network([image])[0] == network(TEST.images[number:number + 1])[0]
     assert right >= 0.9 * len(numbers)
 
@@ -178,7 +178,7 @@ def test_a_small_digit_far_in_a_corner_of_a_large_photograph_is_found(network, c
         ink[row:row + 140, column:column + 140] = camera.enlarge(TEST.images[number], 140)
         paper, stroke = (220, 50) if number < 4 else (50, 210)
         photo = light * (paper + (stroke - paper) * ink) + 4 * random.randn(3000, 4000)
-        image = mnist_predict.normalise(np.clip(photo, 0, 255).astype(np.uint8))
+        image = pictures.normalise(np.clip(photo, 0, 255).astype(np.uint8))
         right.append(network([image])[0] == network(TEST.images[number:number + 1])[0])
     assert sum(right) >= 7
 
@@ -187,11 +187,11 @@ def test_a_piece_that_stands_apart_stays_and_specks_go():
     page = np.full([200, 200], 255, np.uint8)
     page[40:52, 70:140] = 0  # a 5's bar, away from
     page[60:160, 70:82] = 0  # what is below it
-    clean = mnist_predict.normalise(page)
+    clean = pictures.normalise(page)
     assert clean.reshape(28, 28)[:9].max() > 0.9
     for row, column in ((3, 5), (190, 20), (100, 195), (8, 150)):
         page[row:row + 3, column:column + 3] = 0
-    assert mnist_predict.normalise(page) == pytest.approx(clean, abs=1e-3)
+    assert pictures.normalise(page) == pytest.approx(clean, abs=1e-3)
 
 
 def test_the_edge_of_a_shadow_is_no_ink(network):
@@ -201,7 +201,7 @@ def test_the_edge_of_a_shadow_is_no_ink(network):
         page = 230 - 200 * np.pad(TEST.images[number].reshape(28, 28).repeat(9, 0).repeat(9, 1),
                                   [(70, 78), (100, 48)])
         shadow = 1 - 0.4 / (1 + np.exp((0.2 - x - y) / 0.05))
-        right.append(network([mnist_predict.normalise((page * shadow).astype(np.uint8))])[0]
+        right.append(network([pictures.normalise((page * shadow).astype(np.uint8))])[0]
                      == network(TEST.images[number:number + 1])[0])
     assert np.mean(right) >= 0.9
 
@@ -216,14 +216,14 @@ def test_the_edge_of_a_shadow_is_no_ink(network):
     (np.zeros([5, 5, 5], np.uint8), r'uint8 \[5, 5, 5\], expected uint8')])
 def test_what_shows_no_digit_is_refused(picture, message):
     with pytest.raises(ValueError, match=message):
-        mnist_predict.normalise(picture)
+        pictures.normalise(picture)
 
 
 @pytest.mark.parametrize('shape', [(1, 2), (1, 5000), (5000, 1), (3, 50000), (2, 3)])
 def test_narrow_pictures_are_refused(shape):
     for pixels in (np.random.RandomState(0).randint(0, 256, shape), 200 * (np.eye(*shape) < 1)):
         with pytest.raises(ValueError, match='no digit'):
-            mnist_predict.normalise(pixels.astype(np.uint8))
+            pictures.normalise(pixels.astype(np.uint8))
 
 
 @pytest.mark.parametrize('side', [28, 100, 400])
@@ -235,7 +235,7 @@ def test_pure_noise_and_empty_paper_are_refused(side):
                     128 + 30 * random.randn(side, side),
                     light + 4 * random.randn(side, side)):
         with pytest.raises(ValueError, match='stands out'):
-            mnist_predict.normalise(np.clip(picture, 0, 255).astype(np.uint8))
+            pictures.normalise(np.clip(picture, 0, 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize('name, picture', [
@@ -252,14 +252,14 @@ def test_light_and_shadow_are_no_digit(name, picture, noise):
         y, x = np.mgrid[-1:1:height * 1j, -1:1:width * 1j]
         page = picture(x, y) + noise * np.random.RandomState(0).randn(height, width)
         with pytest.raises(ValueError, match='no digit'):
-            mnist_predict.normalise(np.clip(page, 0, 255).astype(np.uint8))
+            pictures.normalise(np.clip(page, 0, 255).astype(np.uint8))
 
 
 # Troubles of real pictures
 
 def same(picture, expected, limit=0.04):
     """Whether a picture looks to the network as another one does, moved by a pixel at most."""
-    found, expected = (mnist_predict.normalise(each).reshape(28, 28)
+    found, expected = (pictures.normalise(each).reshape(28, 28)
                        for each in (picture, expected))
     return limit > min(np.abs(np.roll(found, (down, right), (0, 1)) - expected).mean()
                        for down in (-1, 0, 1) for right in (-1, 0, 1))
@@ -282,7 +282,7 @@ def test_two_shades_are_enough(side, network):
     for number in numbers:
         page = np.uint8(np.round(255 - 255 * TEST.images[number].reshape(28, 28)))
         page = Image.fromarray(page).resize((side, side), Image.BICUBIC)
-        images.append(mnist_predict.normalise(page.point(lambda level: 255 * (level > 127))))
+        images.append(pictures.normalise(page.point(lambda level: 255 * (level > 127))))
     right, directly = ((network(found) == TEST.labels[numbers]).mean()
                        for found in (images, TEST.images[numbers]))
     assert right >= directly - 0.05  # of a network that has trained for 200 steps
@@ -292,7 +292,7 @@ def test_two_shades_are_enough(side, network):
 def test_pens_of_1_to_48_of_200_pixels_make_strokes_like_mnists(pen):
     holes = {0: 1, 6: 1, 8: 2, 9: 1}
     for digit in range(10):
-        image = mnist_predict.normalise(drawn(digit, pen)).reshape(28, 28)
+        image = pictures.normalise(drawn(digit, pen)).reshape(28, 28)
         ink = image > 0.5
         width = 4 * ndimage.distance_transform_edt(ink)[ink].mean() - 2  # MNIST's: 1.4 to 4
         assert 1 < width < (5 if pen <= 28 else 8) and image.max() == 1
@@ -356,7 +356,7 @@ def test_several_digits_are_refused(digits, pen, size):
                           for digit in digits], axis=1)
     for page in (np.pad(row, size // 2, constant_values=255), 255 - row):
         with pytest.raises(ValueError, match=f'{len(digits)} digits side by side, expected one'):
-            mnist_predict.normalise(page)
+            pictures.normalise(page)
 
 
 @pytest.mark.parametrize('seed', range(40))
@@ -380,7 +380,7 @@ def test_a_line_for_each_picture_in_order(folder, model, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     names = ['seven.png', 'seven.jpg', 'seven.bmp', 'seven.webp', 'seven.tif', 'seven, one.gif',
              'seven, one.png', 'seven, one.tif', 'seven.png']
-    assert mnist_predict.main([*names, '--model_dir', str(model)]) == 0
+    assert predict.main([*names, '--model_dir', str(model)]) == 0
     output, errors = capsys.readouterr()
     lines = output.splitlines()
     assert [line.split(':')[0] for line in lines] == names and errors == ''
@@ -392,13 +392,13 @@ def test_a_line_for_each_picture_in_order(folder, model, monkeypatch, capsys):
     ([0, 0, 0, 0, 0, 0, 0, 0.998, 0.002, 0], '7 (99.8%)'),
     ([0, 0.039, 0, 0.712, 0, 0.249, 0, 0, 0, 0], '3 (71.2%), or 5 (24.9%)')])
 def test_a_second_guess_is_told_below_90_percent(probabilities, text):
-    assert mnist_predict.answer(np.array(probabilities)) == text
+    assert predict.answer(np.array(probabilities)) == text
 
 
 def test_a_picture_comes_from_standard_input(folder, model, monkeypatch, capsys):
     with open(folder / 'seven.png') as f:
         monkeypatch.setattr(sys, 'stdin', f)
-        assert mnist_predict.main(['-', '--model_dir', str(model)]) == 0
+        assert predict.main(['-', '--model_dir', str(model)]) == 0
     assert capsys.readouterr().out.startswith('-: 7 (')
 
 
@@ -419,7 +419,7 @@ BAD = {
 
 
 def test_each_bad_picture_is_one_line_and_the_others_are_read(folder, model):
-    process = forked.start(ROOT / 'mnist_predict.py', 'seven.png', *BAD, 'seven.jpg',
+    process = forked.start('-m', 'extras.predict', 'seven.png', *BAD, 'seven.jpg',
                            '--model_dir', model, cwd=folder)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -438,14 +438,14 @@ def test_a_file_without_permission_is_one_line(folder, model, monkeypatch, capsy
         shutil.copy(folder / 'seven.png', secret)
         os.chmod(secret, 0)
         if os.geteuid() == 0:  # who may read every file: let somebody else read it
-            def as_nobody(name, read=mnist_predict.open_picture):
+            def as_nobody(name, read=pictures.open_picture):
                 os.seteuid(65534)
                 try:
                     return read(name)
                 finally:
                     os.seteuid(0)
-            monkeypatch.setattr(mnist_predict, 'open_picture', as_nobody)
-        assert mnist_predict.main([secret, '--model_dir', str(model)]) == 1
+            monkeypatch.setattr(predict, 'open_picture', as_nobody)
+        assert predict.main([secret, '--model_dir', str(model)]) == 1
     assert capsys.readouterr() == ('', f'{secret}: Permission denied\n')
 
 
@@ -459,7 +459,7 @@ def test_png_of_16_bits_with_colour_or_with_transparency(depth, color, pixel, tm
     file = tmp_path / 'page.png'
     file.write_bytes(png_file(page.shape[1], page.shape[0], zlib.compress(b''.join(rows)), depth,
                               color))
-    assert np.abs(mnist_predict.normalise(file) - mnist_predict.normalise(page)).max() < 0.02
+    assert np.abs(pictures.normalise(file) - pictures.normalise(page)).max() < 0.02
 
 
 @pytest.mark.parametrize('change', [
@@ -490,7 +490,7 @@ def test_a_photograph_is_turned_as_its_camera_was_held(orientation, turn):
     exif[0x0112] = orientation
     Image.fromarray(turn(drawing(7))[..., 0]).save(body, 'JPEG', exif=exif)
     body.seek(0)
-    picture = np.asarray(mnist_predict.open_picture(body), int)
+    picture = np.asarray(pictures.open_picture(body), int)
     assert np.abs(picture - drawing(7)[..., 0]).mean() < 5
 
 
@@ -499,14 +499,14 @@ def test_show_writes_what_the_network_saw_and_replaces_nothing(folder, model, tm
     monkeypatch.chdir(folder)
     seen = tmp_path / 'new' / 'seen'
     for _ in range(2):
-        mnist_predict.main(['seven.png', 'seven.jpg', 'text', '--model_dir', str(model),
+        predict.main(['seven.png', 'seven.jpg', 'text', '--model_dir', str(model),
                             '--show', str(seen)])
         assert capsys.readouterr().out.count('\n') == 2
     names = sorted(path.name for path in seen.iterdir())
     assert names == ['seven-2.png', 'seven-3.png', 'seven-4.png', 'seven.png']
     pixels = np.asarray(Image.open(seen / 'seven.png'))
     assert pixels.shape == (280, 280)
-    image = mnist_predict.normalise(drawing(7)).reshape(28, 28)
+    image = pictures.normalise(drawing(7)).reshape(28, 28)
     assert pixels[::10, ::10] == pytest.approx(image * 255, abs=1)
 
 
@@ -522,33 +522,30 @@ def test_bad_flags_end_in_one_line(flags, message, folder, model, monkeypatch, c
     (folder / 'other' / 'mnist_deep.ckpt-1.index').write_text('damaged')
     (folder / 'other' / 'mnist_deep.ckpt-1.data-00000-of-00001').write_text('damaged')
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, 'argv', ['mnist_predict.py'])  # the line begins with it
+    monkeypatch.setattr(sys, 'argv', ['predict.py'])  # the line begins with it
     try:
-        code = mnist_deep.run(lambda: mnist_predict.main(
+        code = mnist_deep.run(lambda: predict.main(
             ['seven.png', '--model_dir', str(model), *flags]))
     except SystemExit as refused:  # by argparse
         code = refused.code
     output, errors = capsys.readouterr()
-    assert re.search(f'^mnist_predict.py: error: .*{message}', errors.splitlines()[-1])
+    assert re.search(f'^predict.py: error: .*{message}', errors.splitlines()[-1])
     assert (code, output) == (2, '')
 
 
-@pytest.mark.parametrize('script', ['mnist_predict.py', 'mnist_draw.py'])
+@pytest.mark.parametrize('part', ['predict', 'draw'])
 @pytest.mark.parametrize('package', ['PIL', 'scipy'])
-def test_without_pillow_or_scipy_one_line_says_what_to_install(package, script, monkeypatch,
-                                                               capsys):
-    monkeypatch.delitem(sys.modules, 'pictures')
+def test_without_pillow_or_scipy_the_last_line_says_what_to_run(package, part, monkeypatch):
+    for name in ('pictures', part):
+        monkeypatch.delitem(sys.modules, f'extras.{name}', raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(SystemExit, match='^2$'):
-        runpy.run_path(str(ROOT / script), run_name='__main__')
-    output, errors = capsys.readouterr()
-    line, = errors.splitlines()
-    assert re.search(f'^{script}: error: .*{package}.*: pip install pillow scipy$', line)
-    assert output == ''
+    with pytest.raises(ImportError, match=package) as refused:
+        runpy.run_module(f'extras.{part}', run_name='__main__')
+    assert str(refused.value).splitlines()[-1].endswith(': sh setup.sh extras')
 
 
 def test_ctrl_c_is_one_line(folder, model):
-    process = forked.start(ROOT / 'mnist_predict.py', *['seven.png'] * 5000, '--model_dir', model,
+    process = forked.start('-m', 'extras.predict', *['seven.png'] * 5000, '--model_dir', model,
                            cwd=folder)
     assert process.stdout.readline().startswith('seven.png: 7')
     process.send_signal(signal.SIGINT)
@@ -556,11 +553,8 @@ def test_ctrl_c_is_one_line(folder, model):
     assert process.returncode == 130
 
 
-def test_stands_alone_and_takes_at_most_1100_megabytes_with_a_photograph_of_12_megapixels(
+def test_takes_at_most_1100_megabytes_with_a_photograph_of_12_megapixels(
         model, camera, tmp_path):
-    for name in ('mnist_predict.py', 'pictures.py', 'mnist_deep.py', 'model_dir.py',
-                 'input_data.py'):
-        shutil.copy(ROOT / name, tmp_path)
     photo = 200 + 3 * np.random.RandomState(0).randn(3000, 4000, 1).repeat(3, axis=2)
     photo[1000:1900, 2500:3400] -= 150 * camera.enlarge(TEST.images[0], 900)[..., np.newaxis]
     photo = Image.fromarray(photo.astype(np.uint8))
@@ -568,9 +562,10 @@ def test_stands_alone_and_takes_at_most_1100_megabytes_with_a_photograph_of_12_m
     photo.convert('RGBA').save(tmp_path / 'photo.png', compress_level=1)
     # Measured from a small process: a child's peak begins with what its parent has.
     result = python('-c', 'import resource, subprocess, sys\n'
-                    'subprocess.run([sys.executable, "mnist_predict.py", "photo.jpg", "photo.png",'
-                    f' "--model_dir", "{model}"])\n'
-                    'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)', cwd=tmp_path)
+                    'subprocess.run([sys.executable, "-m", "extras.predict", "photo.jpg",'
+                    f' "photo.png", "--model_dir", "{model}"])\n'
+                    'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)', cwd=tmp_path,
+                    env={**ENVIRONMENT, 'PYTHONPATH': str(ROOT)})
     assert 'photo.jpg: ' in result.stdout and 'photo.png: ' in result.stdout
     assert result.stderr == ''
     kilobytes = int(result.stdout.splitlines()[-1])
@@ -579,8 +574,8 @@ def test_stands_alone_and_takes_at_most_1100_megabytes_with_a_photograph_of_12_m
 
 def test_help_tells_how_to_use_it(capsys):
     with pytest.raises(SystemExit, match='^0$'):
-        mnist_predict.main(['--help'])
+        predict.main(['--help'])
     output = capsys.readouterr().out
-    for text in ('pip install pillow scipy', 'python mnist_deep.py --model_dir model',
+    for text in ('sh setup.sh extras', 'python mnist_deep.py --model_dir model',
                  '--model_dir', '--show', 'PNG', '90%'):
         assert text in output

@@ -1,7 +1,7 @@
 """Draw a digit in the browser, and watch both networks of the tutorial read it.
 
     python mnist_deep.py --model_dir model    # trains, some minutes
-    python mnist_draw.py --model_dir model    # http://127.0.0.1:8000/
+    python -m extras.draw --model_dir model    # http://127.0.0.1:8000/
 
 The page shows what the convolutional network and softmax regression answer, what they see, and what
 the layers of the convolutional network find in it. Only this machine can open it.
@@ -23,14 +23,7 @@ import webbrowser
 import input_data
 import mnist_deep
 import model_dir
-
-try:
-    from pictures import normalise, open_picture
-except ImportError as error:  # Pillow and SciPy
-    if __name__ != '__main__':
-        raise
-    print(f'mnist_draw.py: error: {error}', file=sys.stderr)
-    sys.exit(2)
+from extras.pictures import normalise, open_picture
 
 tf = mnist_deep.tf
 
@@ -96,7 +89,7 @@ def main(argv=None):
 
 # The tutorial ends here. The rest is the server and the flags.
 
-PAGE = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'mnist_draw.html')
+PAGE = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'draw.html')
 MAX_BYTES = 20_000_000  # of a picture that is sent
 
 
@@ -195,7 +188,7 @@ def parse_flags(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model_dir', default='model', type=os.path.expanduser, metavar='FOLDER',
                         help='that of mnist_deep.py, with its checkpoints (default: %(default)s)')
-    parser.add_argument('--data_dir', default=os.path.join(os.path.dirname(PAGE), 'MNIST_data'),
+    parser.add_argument('--data_dir', default=mnist_deep.flag_parser('').get_default('data_dir'),
                         metavar='FOLDER', help='where the MNIST files are (default: %(default)s)')
     parser.add_argument('--port', type=int, default=8000, metavar='N',
                         help='of the address that it prints (default: %(default)s)')

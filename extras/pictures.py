@@ -1,6 +1,6 @@
 """Pictures of digits, brought to the form of MNIST's: `normalise` is what a network has to see.
 
-    pip install pillow scipy
+    pip install pillow scipy    # or, in this project, sh setup.sh extras
 
     image = normalise('photo.jpg')    # float32 [784], as input_data yields them
 
@@ -18,7 +18,7 @@ try:
     from PIL import Image, ImageOps
     from scipy import ndimage
 except ImportError as error:
-    raise ImportError(f'{error}: pip install pillow scipy') from None
+    raise ImportError(f'{error}\nTo install what reads pictures: sh setup.sh extras') from None
 
 VIEW = 224  # pixels: a picture is looked at in this size, or smaller
 NOTHING = 'no digit: nothing on it stands out as ink on paper does'

@@ -1,8 +1,8 @@
 """Reads pictures of handwritten digits with the network that `mnist_deep.py` has trained.
 
-    pip install pillow scipy
+    sh setup.sh extras
     python mnist_deep.py --model_dir model
-    python mnist_predict.py photo1.png photo2.jpg --model_dir model
+    python -m extras.predict photo1.png photo2.jpg --model_dir model
 
 A picture shows one digit: dark on light or light on dark, anywhere in it. For each one, a line says
 the digit and its probability, and the second guess if that is below 90%. A picture that cannot be
@@ -18,14 +18,7 @@ import numpy as np
 
 import mnist_deep
 import model_dir
-
-try:
-    from pictures import Image, normalise, open_picture
-except ImportError as error:  # Pillow and SciPy: this part alone needs them
-    if __name__ != '__main__':
-        raise
-    print(f'mnist_predict.py: error: {error}', file=sys.stderr)
-    sys.exit(2)
+from extras.pictures import Image, normalise, open_picture
 
 tf = mnist_deep.tf
 

@@ -16,9 +16,8 @@ from conftest import ENVIRONMENT, ROOT, own_line, own_lines, python
 
 import input_data
 import mnist_deep
-import mnist_predict
-import mnist_replica
 import model_dir
+from extras import predict, replica
 
 tf = mnist_deep.tf
 
@@ -30,7 +29,7 @@ except OSError:  # a machine without IPv6
     HOST6 = HOST
 
 # A task that tells what it waits for three times a second.
-IMPATIENT = 'assert mnist_replica.PATIENCE == 30\nmnist_replica.PATIENCE = 0.3'
+IMPATIENT = 'assert replica.PATIENCE == 30\nmnist_replica.PATIENCE = 0.3'
 # A chief that is killed before it evaluates.
 SHORT_LIVED = """
 def in_batches(_):
@@ -45,17 +44,17 @@ def average(self, session):
              if operation.type.endswith('AccumulatorTakeGradient')]
     session.run(takes, {take.inputs[1]: 1 for take in takes})  # however many are there
     os.kill(os.getpid(), signal.SIGKILL)
-mnist_replica.Worker.average = average
+replica.Worker.average = average
 """
 # A chief whose connection breaks for a moment.
 CUT_OFF = """
-heard, runs = mnist_replica.Worker.after_run, []
+heard, runs = replica.Worker.after_run, []
 def after_run(self, *arguments):
     runs.append(arguments)
     if len(runs) == 20:
-        raise mnist_replica.tf.errors.UnavailableError(None, None, 'Socket closed')
+        raise replica.tf.errors.UnavailableError(None, None, 'Socket closed')
     heard(self, *arguments)
-mnist_replica.Worker.after_run = after_run
+replica.Worker.after_run = after_run
 """
 
 
@@ -71,13 +70,13 @@ class Cluster:
         self.addresses = {'ps': addresses[:1], 'worker': addresses[1:]}
 
     def start(self, job, index=0, *flags, code=''):
-        """Starts a task; code: what is done in `mnist_replica` before it runs."""
+        """Starts a task; code: what is done in `extras.replica` before it runs."""
         config = json.dumps({'cluster': self.addresses, 'task': {'type': job, 'index': index}})
         if job == 'worker':  # a ps needs no folder
             flags = ['--model_dir', self.folder, *flags]
         process = forked.start(
-            '-c', 'import os, signal, time, mnist_deep, mnist_replica\n'
-            f'{code}\nos._exit(mnist_deep.run(mnist_replica.main) or 0)',
+            '-c', 'import os, signal, time, mnist_deep\nfrom extras import replica\n'
+            f'{code}\nos._exit(mnist_deep.run(replica.main) or 0)',
             *self.flags, *flags, env={**ENVIRONMENT, 'TF_CONFIG': config})
         self.processes.append(process)
         return process
@@ -211,7 +210,7 @@ def test_a_local_cluster_goes_on_shows_the_tutorials_lines_and_leaves_nothing(
     (tmp_path / 'sitecustomize.py').write_text(NOTES)
     folder = shutil.copytree(alone[0], tmp_path / 'model')
     flags = ['--data_dir', str(few_digits), '--model_dir', str(folder)]
-    result = python('mnist_replica.py', '--workers=2', '--batch_size=20', '--max_steps=120',
+    result = python('-m', 'extras.replica', '--workers=2', '--batch_size=20', '--max_steps=120',
                     '--seed', 2**32 - 1, *flags,
                     env={**ENVIRONMENT, 'PYTHONPATH': f'{tmp_path}:{ROOT}', 'NOTES': str(tmp_path)})
     assert (result.returncode, result.stderr) == (0, 'going on from step 12 of 120\n')
@@ -231,7 +230,7 @@ def test_a_local_cluster_goes_on_shows_the_tutorials_lines_and_leaves_nothing(
     mnist_deep.main(['--max_steps=123', *flags])
     assert re.fullmatch(r'going on from step \d+ of 123\n', capsys.readouterr().err)
     assert last_step(folder) == 123
-    mnist_predict.main([str(ROOT / 'docs' / 'digit.png'), f'--model_dir={folder}'])
+    predict.main([str(ROOT / 'docs' / 'digit.png'), f'--model_dir={folder}'])
     assert re.search(r'digit.png: \d \(', capsys.readouterr().out)
 
 
@@ -256,8 +255,9 @@ def test_synchronous_workers_go_on_step_by_step(alone, cluster, tmp_path, few_di
 
 def local_cluster(workers, few_digits, folder, *flags):
     """A running cluster, and all its processes, while it trains."""
-    process = forked.start('mnist_replica.py', f'--workers={workers}', '--max_steps=100000', *flags,
-                           '--batch_size=5', '--data_dir', few_digits, '--model_dir', folder)
+    process = forked.start('-m', 'extras.replica', f'--workers={workers}', '--max_steps=100000',
+                           '--batch_size=5', '--data_dir', few_digits, '--model_dir', folder,
+                           *flags)
     assert process.stdout.readline().startswith('step ')
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) == 1 + workers
@@ -428,7 +428,7 @@ def changed(**parts):
 def test_a_wrong_tf_config(config, message, monkeypatch):
     monkeypatch.setenv('TF_CONFIG', config)
     with pytest.raises(ValueError) as refused:
-        mnist_replica.main(['--model_dir=model'])
+        replica.main(['--model_dir=model'])
     line, = str(refused.value).splitlines()
     assert line.startswith('TF_CONFIG ') and re.search(message, line)
 
@@ -440,7 +440,7 @@ def test_a_chief_is_worker_0(monkeypatch):
                            ({'type': 'worker', 'index': 1}, ('worker', 2)),
                            ({'type': 'ps', 'index': 0}, ('ps', 0))):
         monkeypatch.setenv('TF_CONFIG', json.dumps({'cluster': jobs, 'task': task}))
-        cluster, *found = mnist_replica.read_tf_config()
+        cluster, *found = replica.read_tf_config()
         assert tuple(found) == expected
         assert cluster.as_dict() == {'ps': ['a:1'], 'worker': ['b:2', 'c:3', 'd:4']}
 
@@ -455,7 +455,7 @@ def test_a_chief_is_worker_0(monkeypatch):
 def test_wrong_flags(flags, message, monkeypatch):
     monkeypatch.setenv('TF_CONFIG', json.dumps(GOOD))
     with pytest.raises((OSError, ValueError)) as refused:
-        mnist_replica.main(flags)
+        replica.main(flags)
     line, = str(refused.value).splitlines()
     assert message in line
 
@@ -510,14 +510,8 @@ def test_those_that_are_missing_or_do_not_answer_are_named_again_and_again(clust
 
 def test_help_tells_the_danger_and_every_flag(capsys):
     with pytest.raises(SystemExit, match='^0$'):
-        mnist_replica.main(['--help'])
+        replica.main(['--help'])
     output = capsys.readouterr().out
     for text in ('no passwords', 'every network interface', 'TF_CONFIG', '--workers',
                  '--sync_replicas', '--model_dir'):
         assert text in output
-
-
-def test_stands_on_the_network_and_the_loader_alone():
-    source = (ROOT / 'mnist_replica.py').read_text()
-    ours = re.findall(r'^import (mnist_\w+|input_data)', source, re.MULTILINE)
-    assert ours == ['input_data', 'mnist_deep']

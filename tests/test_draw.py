@@ -23,8 +23,8 @@ from PIL import Image
 
 import input_data
 import mnist_deep
-import mnist_draw
-import mnist_predict
+from extras import draw as drawing_page
+from extras import pictures
 
 TEST = input_data.read_data_sets(DATA).test
 FIRST = [int(np.flatnonzero(TEST.labels == digit)[0]) for digit in range(10)]
@@ -41,7 +41,7 @@ def png(image):
 @pytest.fixture(scope='module')
 def process(trained):
     """mnist_draw.py with a network of a few hundred steps, and its address."""
-    running = start('mnist_draw.py', '--model_dir', trained[0], '--port', 0, '--no_browser')
+    running = start('-m', 'extras.draw', '--model_dir', trained[0], '--port', 0, '--no_browser')
     running.address = running.stdout.readline().strip()
     yield running
     running.kill()
@@ -73,7 +73,7 @@ def test_a_drawing_is_read_by_both_networks_and_the_layers_are_told(ask):
     for model in ('deep', 'softmax'):
         assert np.argmax(answer[model]) == 7
         assert sum(answer[model]) == pytest.approx(1, abs=1e-4)
-    seen = mnist_predict.normalise(mnist_predict.open_picture(io.BytesIO(drawing)))
+    seen = pictures.normalise(pictures.open_picture(io.BytesIO(drawing)))
     assert (np.array(answer['image']) == np.round(seen.reshape(28, 28) * 255)).all()
     layers = {name: np.array(features) for name, features in answer['layers'].items()}
     assert {name: features.shape for name, features in layers.items()} == {
@@ -102,16 +102,16 @@ def test_twenty_clients_at_once_get_the_answers_that_one_gets(ask):
 
 def test_it_serves_the_page_and_no_other_file(ask):
     status, headers, body = ask('GET', '/')
-    assert (status, body) == (200, (ROOT / 'mnist_draw.html').read_bytes())
+    assert (status, body) == (200, (ROOT / 'extras' / 'draw.html').read_bytes())
     assert headers['Content-Type'] == 'text/html; charset=utf-8'
     policy = headers['Content-Security-Policy']
     assert "default-src 'none'" in policy and 'unsafe' not in policy
-    for path in ('/mnist_draw.html', '/mnist_draw.py', '/read', '/../input_data.py', '/?x'):
+    for path in ('/draw.html', '/extras/draw.py', '/read', '/../input_data.py', '/?x'):
         assert ask('GET', path)[0] == 404, path
 
 
 def test_the_page_takes_nothing_from_elsewhere():
-    page = (ROOT / 'mnist_draw.html').read_text()
+    page = (ROOT / 'extras' / 'draw.html').read_text()
     assert not re.search(r'(src|href|url|import)\W{1,3}(https?:)?//', page)
 
 
@@ -159,9 +159,9 @@ def test_what_is_no_question_gets_a_status_and_the_server_goes_on(ask, process):
 
 
 def test_a_client_that_stops_in_the_middle_is_told_and_let_go(monkeypatch):
-    assert mnist_draw.Handler.timeout == 10
-    monkeypatch.setattr(mnist_draw.Handler, 'timeout', 0.5)
-    with mnist_draw.Server(0) as server:
+    assert drawing_page.Handler.timeout == 10
+    monkeypatch.setattr(drawing_page.Handler, 'timeout', 0.5)
+    with drawing_page.Server(0) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         with socket.create_connection(server.server_address) as client:
             host = f'127.0.0.1:{server.server_port}'
@@ -177,21 +177,21 @@ def test_a_client_that_stops_in_the_middle_is_told_and_let_go(monkeypatch):
 
 def test_a_port_that_is_taken_and_a_folder_without_a_network_are_one_line(
         process, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['mnist_draw.py'])  # the line begins with it
+    monkeypatch.setattr(sys, 'argv', ['draw.py'])  # the line begins with it
     for flags, message in ((['--port', str(port(process))],
                             f'--port {port(process)}: Address already in use; name'),
                            (['--port=0', '--model_dir', str(tmp_path)],
                             'no checkpoint of a trained network there; train one with: ')):
-        assert mnist_deep.run(functools.partial(mnist_draw.main, ['--no_browser', *flags])) == 2
+        assert mnist_deep.run(functools.partial(drawing_page.main, ['--no_browser', *flags])) == 2
         output, errors = capsys.readouterr()
         line, = errors.splitlines()
-        assert line.startswith('mnist_draw.py: error: --') and message in line and output == ''
+        assert line.startswith('draw.py: error: --') and message in line and output == ''
 
 
 @pytest.mark.parametrize('number', [-1, 65536])
 def test_a_port_out_of_range_is_refused(number):
     with pytest.raises(OSError, match=f'--port {number}: .*must be 0-65535.*; name another'):
-        mnist_draw.main([f'--port={number}'])
+        drawing_page.main([f'--port={number}'])
 
 
 def test_it_opens_the_browser_and_ctrl_c_ends_it_with_one_line(trained, tmp_path):
@@ -199,7 +199,7 @@ def test_it_opens_the_browser_and_ctrl_c_ends_it_with_one_line(trained, tmp_path
     browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened.part\n'
                        f'mv {tmp_path}/opened.part {tmp_path}/opened\n')
     browser.chmod(0o755)
-    process = forked.start('mnist_draw.py', '--model_dir', trained[0], '--port=0',
+    process = forked.start('-m', 'extras.draw', '--model_dir', trained[0], '--port=0',
                            env={**ENVIRONMENT, 'BROWSER': str(browser)})
     address = process.stdout.readline()
     while not (tmp_path / 'opened').exists():
