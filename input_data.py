@@ -18,6 +18,7 @@ import hashlib
 import http.client
 import io
 import math
+import operator
 import os
 import sys
 import tempfile
@@ -32,11 +33,9 @@ DEFAULT_SOURCE_URL = 'https://storage.googleapis.com/cvdf-datasets/mnist/'
 _MIRRORS = (DEFAULT_SOURCE_URL, 'https://ossci-datasets.s3.amazonaws.com/mnist/')
 _MNIST_URLS = (*_MIRRORS, 'http://yann.lecun.com/exdb/mnist/',  # the mirrors serve them all
                'https://yann.lecun.com/exdb/mnist/')
-_MNIST_MOST = 48 << 20  # bytes: the largest of its files, unpacked, has 47,040,016
-_OTHER_MOST = 4 << 30  # bytes of another data set's file
 _TIMEOUT = 15  # seconds to connect, and without a byte, before a server counts as stalled
 _PAUSES = (0, 1, 3)  # seconds before each round through the mirrors
-_REFUSALS = (400, 401, 403, 404, 410)  # HTTP's status codes that a second try does not change
+_MOST = 1 << 30  # bytes of one download: a server that never stops sending would fill the memory
 
 # The files, named so or with .gz, and the SHA-256 of MNIST's own, unpacked. Other data sets
 # (Fashion-MNIST, KMNIST) come under the same names.
@@ -49,7 +48,7 @@ _FILES = {
 
 Datasets = collections.namedtuple('Datasets', ['train', 'validation', 'test'])
 
-# What data sets that follow TensorFlow's seed draw from; as in 1.x, each new one starts it afresh.
+# Data sets that follow TensorFlow's seed draw from this; as in 1.x, each new one starts it afresh.
 _GRAPH_RANDOM = np.random.RandomState()
 _TURNS = threading.Lock()  # a program's threads take turns, so that each example is drawn once
 
@@ -59,7 +58,7 @@ def read_data_sets(train_dir, fake_data=False, one_hot=False, dtype=np.float32, 
     """Loads the four files of a data set in MNIST's format; downloads those that are missing.
 
     Args:
-        train_dir: folder of the four files, gzipped or unpacked; made if it is not there. '~' is
+        train_dir: folder of the four files, gzipped or unpacked; made if it does not exist. '~' is
             the home folder, '' the working folder.
         fake_data: True for data sets of ones, without files, to test a program with.
         one_hot: True for labels as one-hot rows, False for the class numbers.
@@ -67,10 +66,10 @@ def read_data_sets(train_dir, fake_data=False, one_hot=False, dtype=np.float32, 
             the name.
         reshape: True for flat images [n, rows * columns], False for [n, rows, columns, 1].
         validation_size: how many training examples, from the first on, are kept for validation.
-        seed: of the minibatches' order, 0 to 2**32 - 1. None: TensorFlow's seed, if the program has
-            set one before (`tf.set_random_seed(777)`), and the three data sets then draw their
-            orders from one generator; else NumPy's global generator, which `np.random.seed(42)`
-            makes repeat itself, also after loading. NumPy's global generator is never reseeded.
+        seed: of the minibatches' order, an int. None: TensorFlow's seed, if the program has set one
+            before (`tf.set_random_seed(777)`), and the three data sets then draw their orders from
+            one generator; otherwise NumPy's global generator, so that `np.random.seed(42)` repeats
+            the order, even after loading. NumPy's global generator is never reseeded.
         source_url: where missing files come from: a file's name is appended to it.
 
     Returns:
@@ -78,18 +77,20 @@ def read_data_sets(train_dir, fake_data=False, one_hot=False, dtype=np.float32, 
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, or out of range.
-        ValueError: a file is damaged or does not fit the others. One of MNIST's own is downloaded
-            anew instead, and the damaged one set aside as `NAME.damaged-...`.
-        OSError: the folder cannot be used, or no source gave a good file.
+        ValueError: a file is damaged or does not fit the others. If it is one of MNIST's own, it is
+            downloaded again instead, and the damaged one is set aside as `NAME.damaged-...`.
+        OSError: the folder cannot be used, or no source has a good file.
     """
     options = {'one_hot': one_hot, 'dtype': dtype, 'reshape': reshape, 'seed': seed}
-    split = _whole_number('validation_size', validation_size, 0)
     fake = DataSet([], [], fake_data=True, **options)  # refuses a bad option before any work
     if fake_data:
         return Datasets(fake, fake, fake)
     train_images, train_labels, test_images, test_labels = _load_files(
         _local_folder(train_dir), source_url or DEFAULT_SOURCE_URL, one_hot)
-    _whole_number('validation_size', validation_size, 0, len(train_images))
+    if not 0 <= validation_size <= len(train_images):
+        raise ValueError(f'validation_size is {validation_size}, expected 0 to '
+                         f'{len(train_images)}, the number of training examples')
+    split = operator.index(validation_size)
     return Datasets(train=DataSet(train_images[split:], train_labels[split:], **options),
                     validation=DataSet(train_images[:split], train_labels[:split], **options),
                     test=DataSet(test_images, test_labels, **options))
@@ -116,6 +117,10 @@ class DataSet:
         num_examples: how many there are.
         epochs_completed: how often they were gone through; goes up with a new epoch's first batch.
     """
+
+    # Some 1.x programs have a subclass that sets the names with an underscore itself, and never
+    # calls __init__: this is what it does not know of.
+    _fake_data, _random, _order = False, None, np.arange(0)
 
     def __init__(self, images, labels, fake_data=False, one_hot=False, dtype=np.float32,
                  reshape=True, seed=None):
@@ -172,14 +177,15 @@ class DataSet:
         """The next examples of this epoch and, if it ends, of those that follow.
 
         Args:
-            batch_size: how many, from 0 on; TypeError, ValueError: another, or the set is empty.
+            batch_size: how many, an int. An empty data set has empty batches. As in 1.x, a number
+                below 0 gives an empty batch and goes back by as many examples.
             fake_data: True for ones and class 0 instead.
             shuffle: whether an epoch that begins with this batch gets a new order.
 
         Returns:
             images [batch_size, ...] and labels [batch_size, ...], copies.
         """
-        batch_size = _whole_number('batch_size', batch_size, 0)
+        batch_size = operator.index(batch_size)
         if fake_data or self._fake_data:
             classes = np.zeros(batch_size, np.uint8)
             labels = dense_to_one_hot(classes, 10) if self._one_hot else classes
@@ -189,24 +195,22 @@ class DataSet:
         with _TURNS:
             if shuffle and self._index_in_epoch == self._epochs_completed == 0:
                 self._shuffle()
-            start = self._index_in_epoch
-            rows = self._order[start:min(start + batch_size, self._num_examples)]
-            self._index_in_epoch = start + len(rows)
-            slices, missing = [rows], batch_size - len(rows)
-            while missing:
-                if min(self._num_examples, len(self._order)) < 1:
-                    raise ValueError('this data set has no examples to take a batch from')
+            start, n = self._index_in_epoch, self._num_examples
+            end = start + batch_size
+            slices = [self._order[start:min(end, n)]]
+            while end > n:
                 self._epochs_completed += 1
                 if shuffle:
                     self._shuffle()
-                slices.append(self._order[:self._num_examples][:missing])
-                missing -= len(slices[-1])
-                self._index_in_epoch = len(slices[-1])
+                end -= n
+                slices.append(self._order[:min(end, n)])
+                if not n:
+                    break
+            self._index_in_epoch = end
             images, as_bytes = self._pixels, self._as_bytes
-        if len(slices) > 1:
-            rows = np.concatenate(slices)
-        images = images.take(rows, axis=0)
-        return _scale(images) if as_bytes else images, self._labels.take(rows, axis=0)
+        rows = np.concatenate(slices) if len(slices) > 1 else slices[0]
+        images, labels = np.take(images, rows, axis=0), np.take(self._labels, rows, axis=0)
+        return _scale(images) if as_bytes else images, labels
 
     def _shuffle(self):
         """Gives the examples a new order: as in 1.x, the old one shuffled, not a fresh one."""
@@ -242,42 +246,23 @@ def dense_to_one_hot(labels_dense, num_classes):
 def maybe_download(filename, work_directory, source_url):
     """The path of a file in a folder; downloads it, from its whole URL, unless it is there.
 
-    ValueError: the folder is a URL. OSError: it cannot be used, or no source gave a good file.
+    ValueError: the folder is a URL. OSError: it cannot be used, or no source has a good file.
     """
     path = os.path.join(_local_folder(work_directory), filename)
     if not os.path.exists(path):
-        _replace_file(path, source_url, f'{path} is missing')
+        _fetch(path, source_url, f'{path} is missing')
     return path
-
-
-def _whole_number(name, value, least, most=math.inf):
-    """The value as an int; TypeError, ValueError: it is none, or out of range."""
-    if not hasattr(value, '__index__'):
-        error = TypeError
-    elif not least <= value <= most:
-        error = ValueError
-    else:
-        return int(value)
-    limit = f'from {least} to {most}' if most < math.inf else f'from {least} on'
-    raise error(f'{name} is {value!r}, expected a whole number {limit}')
 
 
 def _generator(seed):
     """What draws the orders, with 1.x's results; None: NumPy's global generator, as it is then."""
-    if seed is not None:  # 1.x took seeds modulo 2**31 - 1
-        return np.random.RandomState(_whole_number('seed', seed, 0, 2**32 - 1) % (2**31 - 1))
-    # Not tf.get_seed, which in 2.x changes the seeds of the program's later operations.
-    tf_seeds = sys.modules.get('tensorflow.python.framework.random_seed')
-    try:
-        if tf_seeds.context.executing_eagerly():
-            seed = tf_seeds.context.global_seed()
-        else:
-            seed = tf_seeds.ops.get_default_graph().seed
-    except AttributeError:  # TensorFlow is not imported, or not to its end
-        pass
-    if seed is None:
+    if seed is not None:
+        return np.random.RandomState(operator.index(seed) % (2**31 - 1))  # as 1.x did
+    tensorflow = sys.modules.get('tensorflow')  # if the program uses it
+    graph_seed = tensorflow and tensorflow.compat.v1.get_default_graph().seed
+    if graph_seed is None:
         return None
-    _GRAPH_RANDOM.seed(seed % (2**31 - 1))
+    _GRAPH_RANDOM.seed(graph_seed % (2**31 - 1))
     return _GRAPH_RANDOM
 
 
@@ -297,44 +282,41 @@ def _local_folder(folder):
 
 def _load_files(folder, source_url, one_hot):
     """The arrays in the four files, in _FILES's order; fetches what is missing or damaged."""
-    arrays, missing, damaged = {}, {}, {}  # by name; the last two say what is wrong
-    paths = {name: _existing_path(folder, name) for name in _FILES}
-    for name, path in paths.items():
+    arrays, faults, damaged = {}, {}, {}  # by name: what is wrong, and the path of what is damaged
+    for name in _FILES:
+        path = _existing_path(folder, name)
         try:
             with open(path, 'rb') as f:
                 arrays[name] = _read_idx(f, name)
         except (FileNotFoundError, NotADirectoryError):
-            missing[name] = f'{path} is missing'
+            faults[name] = f'{path} is missing'
         except ValueError as error:
-            damaged[name] = f'{path} is damaged: {error}'
+            faults[name], damaged[name] = f'{path} is damaged: {error}', path
 
-    faults = missing | damaged
-    if faults:
-        _refuse_if_not_mnist(arrays, missing, damaged, source_url)
+    # Data sets are never mixed: MNIST's mirrors fill no gap among another data set's files. Nobody
+    # knows the right contents of those, so that nothing damaged among them is replaced.
+    if source_url in _MNIST_URLS:
+        for name in arrays if faults else ():
+            if _sha256(arrays[name]) != _FILES[name]:
+                raise ValueError(f"{next(iter(faults.values()))}; MNIST's mirrors cannot help, as "
+                                 f'{name} is not from MNIST: copy the right file there')
+    elif damaged:
+        raise ValueError(f'{faults[next(iter(damaged))]}; copy a good file there, or delete it to '
+                         f'have it downloaded from {source_url}')
     for name, fault in faults.items():
-        arrays[name] = _replace_file(os.path.join(folder, f'{name}.gz'), f'{source_url}{name}.gz',
-                                     fault, paths[name] if name in damaged else None)
+        arrays[name] = _fetch(os.path.join(folder, f'{name}.gz'), f'{source_url}{name}.gz', fault,
+                              damaged.get(name))
 
-    names = list(_FILES)
-    first = arrays[names[0]].shape
-    for images, labels in (names[:2], names[2:]):
-        shape = arrays[images].shape
-        if 0 in shape:
-            raise ValueError(f'{images} holds no images, {list(shape)}: put another one there')
-        if shape[1:] != first[1:]:
-            raise ValueError(f'{images} holds images {list(shape)}, but {names[0]} {list(first)}: '
-                             'they belong to different data sets')
-        if shape[0] != len(arrays[labels]):
-            raise ValueError(f'{images} holds {shape[0]} images, but {labels} '
-                             f'{len(arrays[labels])} labels: they belong to different data sets')
-        arrays[images] = arrays[images][..., np.newaxis]
-        arrays[images].flags.writeable = False  # the data sets share it
-        if one_hot:
-            try:
-                arrays[labels] = dense_to_one_hot(arrays[labels], 10)
-            except ValueError as error:
-                raise ValueError(f'{labels}: {error}; one_hot=False reads it') from None
-    return [arrays[name] for name in names]
+    train_images, train_labels, test_images, test_labels = (arrays[name] for name in _FILES)
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise ValueError(f'{folder} has training images {list(train_images.shape)} and test images '
+                         f'{list(test_images.shape)}: they belong to different data sets')
+    for images in (train_images, test_images):
+        images.flags.writeable = False  # the data sets share them
+    if one_hot:
+        train_labels, test_labels = (dense_to_one_hot(labels, 10)
+                                     for labels in (train_labels, test_labels))
+    return train_images[..., np.newaxis], train_labels, test_images[..., np.newaxis], test_labels
 
 
 def _existing_path(folder, name):
@@ -344,28 +326,18 @@ def _existing_path(folder, name):
     return next(filter(os.path.isfile, paths), paths[0])
 
 
-def _refuse_if_not_mnist(arrays, missing, damaged, source_url):
-    """ValueError: what would be fetched does not belong to the files that are there."""
-    if source_url in _MNIST_URLS:
-        others = [name for name in arrays if _sha256(arrays[name]) != _FILES[name]]
-        if not others:
-            return
-        fault = next(iter((missing | damaged).values()))
-        reason = f' ({others[0]} is not from MNIST)'
-    else:  # nobody knows its right contents, so nothing of it is replaced
-        if not damaged:
-            return
-        fault = next(iter(damaged.values()))
-        reason = ''
-    raise ValueError(f"{fault}; MNIST's mirrors cannot repair this data set{reason}: put a whole "
-                     'copy there by hand, or delete it to have it fetched from its source_url '
-                     f'(now {source_url})')
-
-
-def _read_idx(f, kind, most=math.inf):
+def _read_idx(f, kind):
     """The array in an IDX file, of 'images' or 'labels', gzipped or not; ValueError: its fault."""
+    ndim = 3 if 'images' in kind else 1
+    magic, header_size = 2048 + ndim, 4 + 4 * ndim
+    is_gzip = not hasattr(f, 'peek') or f.peek(2)[:2] == b'\x1f\x8b'  # `gzip.open` has unpacked it
+    stream = gzip.GzipFile(fileobj=f) if is_gzip else f
     try:
-        stream, shape = _read_header(f, kind, most)
+        header = stream.read(header_size)
+        if len(header) < header_size or header[:4] != magic.to_bytes(4, 'big'):
+            raise ValueError(f'it begins with {header!r}, expected magic number {magic} and a '
+                             f'length for each of {ndim} dimensions')
+        shape = np.frombuffer(header, '>u4')[1:].tolist()
         promised = math.prod(shape)
 
         # Piece by piece, so that a wrong header cannot ask for more memory than there are bytes.
@@ -380,107 +352,74 @@ def _read_idx(f, kind, most=math.inf):
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _read_header(f, kind, most):
-    """The stream behind an IDX file's header, and the shape in it; ValueError: its fault."""
-    ndim = 3 if 'images' in kind else 1
-    magic = 2048 + ndim
-    header_size = 4 + 4 * ndim
-    is_gzip = not hasattr(f, 'peek') or f.peek(2)[:2] == b'\x1f\x8b'  # `gzip.open` has unpacked it
-    stream = gzip.GzipFile(fileobj=f) if is_gzip else f
-    header = stream.read(header_size)
-    if len(header) < header_size or header[:4] != magic.to_bytes(4, 'big'):
-        raise ValueError(f'it begins with {header!r}, expected magic number {magic} and a length '
-                         f'for each of {ndim} dimensions')
-    shape = np.frombuffer(header, '>u4')[1:].tolist()
-    if math.prod(shape) > most:
-        raise ValueError(f'its header promises {math.prod(shape):,} bytes, {shape}, where {most:,} '
-                         'are the most')
-    return stream, shape
-
-
 def _sha256(array):
     """SHA-256 of the IDX file that holds the array."""
     header = np.array([2048 + array.ndim, *array.shape], '>u4')
     return hashlib.sha256(header.tobytes() + array.tobytes()).hexdigest()
 
 
-def _replace_file(path, url, fault, damaged=None):
+def _fetch(path, url, fault, damaged=None):
     """Downloads a file to a path; returns its array, or None if it is not one of _FILES.
 
-    `fault` says why, for the messages. `damaged` is the path of a file to be replaced, a copy of
-    which is kept.
+    `fault` says why, for the messages. `damaged` is the path of the file that it replaces, which is
+    kept under another name.
     """
     folder, packed = os.path.split(path)
-    try:
+    with _written_in(folder, fault):
         os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(error.errno, f'{fault}, and the data cannot be written here '
-                      f'({error.strerror}): name a folder that can be written', folder) from error
-    body, array = _download_verified(url, packed, fault)
+    body, array = _download(url, packed, fault)
 
-    # Other processes may do the same, and any may be killed. So a damaged file is looked at again,
-    # and keeps its name until the good one takes it over in one step.
-    if damaged:
-        try:
-            with open(damaged, 'rb') as f:
-                content = f.read()
-            _read_idx(io.BufferedReader(io.BytesIO(content)), packed)
-            return array  # another process has repaired it
-        except FileNotFoundError:
-            pass
-        except ValueError:
-            aside = f'{damaged}.damaged-{hashlib.sha256(content).hexdigest()[:8]}'
-            _write_whole(aside, content)
-            print(f'{fault}; set aside as {aside}, fetched anew', file=sys.stderr)
-    _write_whole(path, body)
-    if damaged not in (None, path):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(damaged)
+    # The file gets its name in one step, when it is whole, as this process may be killed.
+    with _written_in(folder, fault), tempfile.TemporaryDirectory(dir=folder) as beside:
+        part = os.path.join(beside, packed)
+        with open(part, 'xb') as f:
+            f.write(body)
+        if damaged:
+            aside = f'{damaged}.damaged-{time.time_ns()}'
+            with contextlib.suppress(FileNotFoundError):  # another process has repaired it
+                os.rename(damaged, aside)
+                print(f'{fault}; set aside as {aside}, downloaded again', file=sys.stderr)
+        os.replace(part, path)
     return array
 
 
-def _write_whole(path, content):
-    """Writes a file that gets its name in one step, when it is whole."""
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as beside:
-        part = os.path.join(beside, 'part')
-        with open(part, 'xb') as f:
-            f.write(content)
-        os.replace(part, path)
+@contextlib.contextmanager
+def _written_in(folder, fault):
+    """Lets an OSError say that the folder cannot be written, and why that was tried."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f'{fault}, and nothing can be written here ({error.strerror}): '
+                      'name a folder that can be written', folder) from error
 
 
-def _download_verified(url, packed, fault):
+def _download(url, packed, fault):
     """A file's bytes and its array, from the URL or, if it is MNIST's, from the mirrors in turn."""
     name = packed.removesuffix('.gz')
     is_mnist = name in _FILES and url.removesuffix(packed) in _MNIST_URLS
-    urls, most = [url], _OTHER_MOST
+    urls = [url]
     if is_mnist:  # the mirror that is asked for comes first
         urls = sorted((mirror + packed for mirror in _MIRRORS), key=lambda mirror: mirror != url)
-        most = _MNIST_MOST
     reasons = {}  # by URL: why it failed
     for pause in _PAUSES:
-        if not urls:
-            break
         time.sleep(pause)
-        for source in list(urls):
+        for source in urls:
             try:
-                body = _read_url(source, name, most)
+                body = _read_url(source)
                 array = None
                 if name in _FILES:
-                    array = _read_idx(io.BufferedReader(io.BytesIO(body)), name, most)
+                    array = _read_idx(io.BufferedReader(io.BytesIO(body)), name)
                 if is_mnist and _sha256(array) != _FILES[name]:
                     raise ValueError("another file than MNIST's (by its SHA-256)")
                 return body, array
-            except (OSError, EOFError, zlib.error, http.client.HTTPException, ValueError) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 reasons[source] = str(error) or repr(error)
-                if getattr(error, 'code', None) in _REFUSALS:
-                    urls.remove(source)
     tried = '; '.join(f'{source}: {reason}' for source, reason in reasons.items())
-    raise OSError(f'{fault}, and could not be fetched from {tried}; put the file there by hand')
+    raise OSError(f'{fault}, and could not be downloaded from {tried}; put the file there by hand')
 
 
-def _read_url(url, name, most):
-    """The bytes at a URL, as many as its header and `most` allow; a terminal shows how many."""
+def _read_url(url):
+    """The bytes at a URL; a terminal shows how many have come."""
     body = bytearray()
     on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: a program without one
     try:
@@ -488,11 +427,8 @@ def _read_url(url, name, most):
             size = int(response.headers['Content-Length'] or 0)
             while piece := response.read(1 << 16):
                 body += piece
-                if len(body) == 1 << 16 and name in _FILES:  # the first piece, and more to come
-                    _, shape = _read_header(io.BufferedReader(io.BytesIO(body)), name, most)
-                    most = min(most, len(body) + 2 * math.prod(shape))  # generous for gzip
-                if len(body) > most:
-                    raise ValueError(f'it sends more than {most:,} bytes')
+                if len(body) > _MOST:
+                    raise ValueError(f'it sends more than {_MOST:,} bytes')
                 if on_terminal:
                     done = f'{len(body) / size:4.0%}' if size else f'{len(body):,} bytes'
                     print(f'\r{url} {done}', end='', file=sys.stderr, flush=True)

@@ -10,17 +10,14 @@ import pathlib
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
 import tracemalloc
-import types
 
 import numpy as np
 import pexpect
 import pytest
-from conftest import DATA, NAMES, ROOT, idx, python, start, write_data_set, write_idx
+from conftest import DATA, NAMES, ROOT, python, start, write_data_set, write_idx
 
 import input_data
 
@@ -134,8 +131,8 @@ def test_validation_can_be_nothing_or_everything(size):
     assert mnist.validation.num_examples == size
     assert mnist.train.num_examples == 60000 - size
     empty = mnist.train if size else mnist.validation
-    with pytest.raises(ValueError, match='no examples'):
-        empty.next_batch(1)
+    for _ in range(2):
+        assert empty.next_batch(10)[0].shape == (0, 784)
 
 
 def test_fake_data_is_ones_of_class_0_without_files(tmp_path):
@@ -281,7 +278,7 @@ def test_an_unpacked_file_under_the_gzipped_name_is_read_too(copies):
 def test_more_than_ten_classes_are_read_as_numbers_only(tmp_path):
     write_data_set(tmp_path, classes=26)
     assert input_data.read_data_sets(tmp_path, validation_size=0).train.labels.max() == 25
-    with pytest.raises(ValueError, match='train-labels.*: labels from 0 to 25.*one_hot=False'):
+    with pytest.raises(ValueError, match='labels from 0 to 25, where .* 10 classes take 0 to 9'):
         input_data.read_data_sets(tmp_path, validation_size=0, one_hot=True)
 
 
@@ -364,7 +361,7 @@ class Of1x:
         rest = self.numbers[start:self._num_examples].tolist()
         if shuffle:
             self.shuffle()
-        self._index_in_epoch = size - len(rest)
+        self._index_in_epoch = size - (self._num_examples - start)
         return rest + self.numbers[:self._index_in_epoch].tolist()
 
 
@@ -432,27 +429,21 @@ def test_a_seed_of_its_own_comes_before_tensorflows():
     assert part.next_batch(100)[1].tolist() == numbered(100, seed=3).next_batch(100)[1].tolist()
 
 
-@pytest.mark.parametrize('seeding', [
-    ['import tensorflow.compat.v1 as tf; tf.disable_v2_behavior()', 'tf.set_random_seed'],
-    ['import tensorflow as tf', 'tf.random.set_seed', 'tf.compat.v1.set_random_seed']])
-def test_mnists_batches_follow_tensorflows_seed_in_real_programs(seeding):
-    beginning, *functions = seeding
-    result = python('-c', f"""if True:
+def test_mnists_batches_follow_tensorflows_seed_in_a_real_program():
+    result = python('-c', """if True:
         import hashlib, input_data
-        {beginning}
-        for function in {', '.join(functions)},:
-            for seed in (7, 8):
-                function(seed)
-                part = input_data.read_data_sets('MNIST_data', one_hot=True).validation
-                digest = hashlib.sha256()
-                for _ in range(60):
-                    for array in part.next_batch(333):
-                        digest.update(array)
-                print(digest.hexdigest())""")
-    digests = result.stdout.split()
-    assert digests[::2] == [
-        '2676c0ec72df2259162561cef78633322f94cbd80edea1204658204f1127c305'] * len(functions)
-    assert digests[0] != digests[1] and len(digests) == 2 * len(functions)
+        import tensorflow.compat.v1 as tf
+        tf.disable_v2_behavior()
+        for seed in (7, 8):
+            tf.set_random_seed(seed)
+            part = input_data.read_data_sets('MNIST_data', one_hot=True).validation
+            digest = hashlib.sha256()
+            for _ in range(60):
+                for array in part.next_batch(333):
+                    digest.update(array)
+            print(digest.hexdigest())""")
+    first, second = result.stdout.split()
+    assert first == '2676c0ec72df2259162561cef78633322f94cbd80edea1204658204f1127c305' != second
 
 
 def test_loading_does_not_change_the_seeds_of_tensorflows_operations():
@@ -468,18 +459,6 @@ def test_loading_does_not_change_the_seeds_of_tensorflows_operations():
                     for op in drawn.graph.get_operations() if op.type == 'RandomStandardNormal']
 
     assert seeds(True) == seeds(False) != []
-
-
-def test_a_tensorflow_that_is_not_there_or_not_whole_gives_no_seed(monkeypatch):
-    name = 'tensorflow.python.framework.random_seed'
-    no_graph = types.ModuleType(name)
-    no_graph.context = types.SimpleNamespace(executing_eagerly=lambda: False)
-    no_graph.ops = types.SimpleNamespace()
-    for module in (None, types.ModuleType(name), no_graph):
-        monkeypatch.setitem(sys.modules, name, module)
-        parts = three_parts()
-        np.random.seed(42)
-        assert agrees_with_1x(parts, np.random.RandomState(42))
 
 
 def test_with_a_seed_numpys_global_random_state_is_neither_used_nor_touched():
@@ -500,10 +479,6 @@ def test_two_data_sets_do_not_disturb_each_other():
     for _ in range(9):
         other.next_batch(17)
         assert one.next_batch(30)[1].tolist() == alone.next_batch(30)[1].tolist()
-
-
-def test_without_a_seed_orders_differ():
-    assert numbered(100).next_batch(100)[1].tolist() != numbered(100).next_batch(100)[1].tolist()
 
 
 @pytest.mark.parametrize('n', [1, 2, 7, 50, 100])
@@ -534,48 +509,23 @@ def test_a_batch_of_no_examples_is_empty_arrays():
 
 
 def test_threads_draw_each_example_once_an_epoch():
-    part = numbered(20, seed=0)
-    drawn = [[] for _ in range(4)]
-
-    def give_way(*_):  # at each line
-        time.sleep(0)
-        return give_way
+    part, drawn = numbered(20, seed=0), [[] for _ in range(4)]
 
     def draw(mine):
-        sys.settrace(give_way)
-        for _ in range(50):
+        for _ in range(2000):
             mine += part.next_batch(4)[1].tolist()
 
-    threads = [threading.Thread(target=draw, args=(mine,), daemon=True) for mine in drawn]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
-    assert np.bincount(np.concatenate(drawn)).tolist() == [4 * 50 * 4 // 20] * 20
-
-
-def test_a_thread_that_looks_at_the_images_does_not_disturb_the_batches():
-    pixels = np.full((50, 1, 1, 1), 255, np.uint8)
-    pixels.flags.writeable = False  # so they stay bytes
-    for lines in range(60):  # of next_batch before the other looks
-        part = input_data.DataSet(pixels, np.zeros(50))
-        looks = threading.Thread(target=lambda part=part: part.images)
-        left = [lines]
-
-        def count(*_, left=left, looks=looks):
-            left[0] -= 1
-            if left[0] == 0:
-                looks.start()
-                looks.join(0.1)
-            return count
-
-        sys.settrace(count)
-        try:
-            images = part.next_batch(5)[0]
-        finally:
-            sys.settrace(None)
-        assert (images == 1).all()
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=draw, args=(mine,)) for mine in drawn]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(usual)
+    assert np.bincount(np.concatenate(drawn)).tolist() == [4 * 2000 * 4 // 20] * 20
 
 
 def test_a_data_set_can_be_copied_and_pickled():
@@ -666,8 +616,7 @@ def test_fewer_examples_are_the_first_ones_as_in_1_15():
     for size in (5, 10, 15, 20, 3):
         assert ours.next_batch(size)[1].tolist() == theirs.next_batch(size)
     ours._num_examples = 0
-    with pytest.raises(ValueError, match='no examples'):
-        ours.next_batch(1)
+    assert ours.next_batch(1)[1].tolist() == []
 
 
 def test_without_shuffling_batches_run_through_the_files_order():
@@ -676,18 +625,42 @@ def test_without_shuffling_batches_run_through_the_files_order():
     assert drawn.tolist() == list(range(7)) * 3
 
 
+@pytest.mark.parametrize('n', [5, 0])
+def test_numbers_below_0_rewind_and_an_empty_data_set_has_empty_batches_as_in_1_15(n):
+    ours, theirs = numbered(n, seed=3), Of1x(np.arange(n), np.random.RandomState(3))
+    for size in (3, -2, 1, -1, 4, -1, 5, 0, -3, 2):
+        assert ours.next_batch(size)[1].tolist() == theirs.next_batch(size)
+        assert (ours._index_in_epoch, ours._epochs_completed) == (
+            theirs._index_in_epoch, theirs._epochs_completed)
+
+
+def test_a_subclass_that_never_calls_init_has_batches_as_in_1_15():
+    class Mine(input_data.DataSet):
+        def __init__(self, images, labels):
+            self._images, self._labels = images, labels
+            self._num_examples, self._epochs_completed, self._index_in_epoch = len(images), 0, 0
+
+    numbers = np.arange(7)
+    ours = Mine(numbers[:, np.newaxis] / 10, numbers)
+    theirs = Of1x(numbers, np.random.RandomState(5))
+    np.random.seed(5)
+    for size in (3, 3, 3, 2):
+        images, labels = ours.next_batch(size)
+        assert labels.tolist() == theirs.next_batch(size)
+        assert images.ravel().tolist() == (labels / 10).tolist()
+
+
 # Arguments
 
-@pytest.mark.parametrize('batch_size, error, message', [
-    (-5, ValueError, 'batch_size is -5, expected a whole number from 0 on'),
-    (2.5, TypeError, 'batch_size is 2.5, expected a whole number'),
-    ('50', TypeError, "batch_size is '50'"),
-    (None, TypeError, 'batch_size is None')])
-def test_a_bad_batch_size_is_refused_and_uses_nothing_up(batch_size, error, message):
-    part = numbered(5, seed=0)
-    with pytest.raises(error, match=message):
-        part.next_batch(batch_size)
-    assert part.next_batch(5)[1].tolist() == numbered(5, seed=0).next_batch(5)[1].tolist()
+def test_a_batch_size_is_anything_that_is_a_whole_number():
+    import tensorflow as tf
+    for size in (3, np.int64(3), tf.compat.v1.Dimension(3)):
+        assert len(numbered(5).next_batch(size)[1]) == 3
+    for size in (2.5, '50', None):
+        part = numbered(5, seed=0)
+        with pytest.raises(TypeError):
+            part.next_batch(size)
+        assert part.next_batch(5)[1].tolist() == numbered(5, seed=0).next_batch(5)[1].tolist()
 
 
 @pytest.mark.parametrize('arguments, error, message', [
@@ -696,12 +669,7 @@ def test_a_bad_batch_size_is_refused_and_uses_nothing_up(batch_size, error, mess
     ({'dtype': np.dtype(float)}, TypeError, "dtype is dtype..float64"),
     ({'dtype': None}, TypeError, 'dtype is None'),
     ({'dtype': 'number'}, TypeError, 'number'),
-    ({'validation_size': -1}, ValueError, 'validation_size is -1, .* from 0 on'),
-    ({'validation_size': 0.5}, TypeError, 'validation_size is 0.5, expected a whole number'),
-    ({'seed': -1}, ValueError, 'seed is -1, expected a whole number from 0 to 4294967295'),
-    ({'seed': 2**32}, ValueError, 'seed is 4294967296'),
-    ({'seed': 'one'}, TypeError, "seed is 'one', expected a whole number"),
-    ({'seed': 1.5}, TypeError, 'seed is 1.5')])
+    ({'seed': 'one'}, TypeError, 'str'), ({'seed': 1.5}, TypeError, 'float')])
 def test_a_bad_argument_is_refused_before_any_work(arguments, error, message, tmp_path):
     for fake_data in (False, True):
         with pytest.raises(error, match=message):
@@ -709,17 +677,27 @@ def test_a_bad_argument_is_refused_before_any_work(arguments, error, message, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_validation_size_over_the_number_of_examples_is_refused():
-    with pytest.raises(ValueError, match='validation_size is 60001, .* from 0 to 60000'):
-        input_data.read_data_sets(DATA, validation_size=60001)
+@pytest.mark.parametrize('size', [-1, 60001])
+def test_a_validation_size_out_of_range_is_refused(size):
+    with pytest.raises(ValueError, match=f'validation_size is {size}, expected 0 to 60000'):
+        input_data.read_data_sets(DATA, validation_size=size)
 
 
-def test_a_folder_that_is_a_file_is_refused(tmp_path, mirrors):
+def test_a_folder_that_cannot_be_made_is_refused_before_any_download(tmp_path, mirrors):
     (tmp_path / 'file').write_text('mine')
-    with pytest.raises(OSError, match="cannot be written here .*exists.*name a folder .*file'"):
-        input_data.read_data_sets(tmp_path / 'file')
+    for folder in (tmp_path / 'file', tmp_path / 'file' / 'folder'):
+        with pytest.raises(OSError, match=f"{TRAIN_IMAGES} is missing, and nothing can be written "
+                                          f"here .*: name a folder .*: '{folder}'"):
+            input_data.read_data_sets(folder)
     assert (tmp_path / 'file').read_text() == 'mine'
     assert not mirrors.requests
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs a folder that not even root '
+                    'can write')
+def test_a_folder_that_cannot_be_written_is_named(mirrors):
+    with pytest.raises(OSError, match="nothing can be written here .*: '/proc/self'"):
+        input_data.read_data_sets('/proc/self')
 
 
 @pytest.mark.parametrize('url', ['gs://bucket/mnist', 'http://127.0.0.1:9/mnist', 's3://bucket'])
@@ -730,34 +708,6 @@ def test_a_url_as_the_folder_is_refused_and_not_made(url, tmp_path, monkeypatch,
     with pytest.raises(ValueError, match=f'{url} is a URL'):
         input_data.maybe_download(TEST_LABELS, url, mirrors.url + TEST_LABELS)
     assert not list(tmp_path.iterdir()) and not mirrors.requests
-
-
-def test_a_folder_that_cannot_be_made_is_refused_before_any_download(tmp_path, mirrors):
-    (tmp_path / 'file').write_text('mine')
-    with pytest.raises(OSError, match='cannot be written here .*name a folder'):
-        input_data.read_data_sets(tmp_path / 'file' / 'folder')
-    assert not mirrors.requests
-
-
-@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs a folder that not even root '
-                    'can write')
-def test_a_folder_that_cannot_be_written_is_refused_before_any_download(mirrors):
-    with pytest.raises(OSError, match=f'/proc/self/{TRAIN_IMAGES} is missing, and .* cannot be '
-                                      "written here .*: '/proc/self'"):
-        input_data.read_data_sets('/proc/self')
-    assert not mirrors.requests
-
-
-def test_a_damaged_file_in_a_folder_that_cannot_be_written_is_named(copies, mirrors, monkeypatch):
-    (copies / TEST_LABELS).write_bytes(b'damaged')
-
-    def refuse(dir):
-        raise PermissionError(13, 'Permission denied', dir)
-    monkeypatch.setattr(input_data.tempfile, 'TemporaryFile', refuse)  # root can write everywhere
-    with pytest.raises(OSError, match=f'{TEST_LABELS} is damaged: .*, and the data cannot be '
-                                      f"written here .*: '{copies}'"):
-        input_data.read_data_sets(copies)
-    assert (copies / TEST_LABELS).read_bytes() == b'damaged'
 
 
 # Damaged files
@@ -834,7 +784,7 @@ def test_a_damaged_file_is_set_aside_and_fetched_anew(damage, copies, mirrors, c
 def test_a_damaged_file_that_cannot_be_fetched_is_named_and_left(damage, copies, mirrors):
     damaged = damage((copies / TEST_IMAGES).read_bytes())
     (copies / TEST_IMAGES).write_bytes(damaged)
-    mirrors.faults[TEST_IMAGES] = [404]
+    mirrors.faults[TEST_IMAGES] = [404] * 3
     with pytest.raises(OSError) as caught:
         input_data.read_data_sets(copies)
     for part in (f'{TEST_IMAGES} is damaged: ', '404', 'put the file there by hand'):
@@ -849,7 +799,7 @@ def test_a_damaged_file_of_the_users_own_source_is_refused_and_left(damage, copi
     (copies / TEST_IMAGES).write_bytes(damaged)
     with pytest.raises(ValueError) as caught:
         input_data.read_data_sets(copies, source_url=server.url)
-    for part in (f'{TEST_IMAGES} is damaged: ', 'put a whole copy there by hand, or delete it',
+    for part in (f'{TEST_IMAGES} is damaged: ', 'copy a good file there, or delete it',
                  server.url):
         assert part in str(caught.value)
     assert (copies / TEST_IMAGES).read_bytes() == damaged
@@ -875,7 +825,7 @@ def test_mnists_files_do_not_fill_the_gaps_of_another_data_set(tmp_path, mirrors
     write_data_set(tmp_path)
     (tmp_path / TEST_LABELS).unlink()
     with pytest.raises(ValueError, match=f'{TEST_LABELS} is missing; .*train-images-idx3-ubyte '
-                                         'is not from MNIST.* from its source_url'):
+                                         'is not from MNIST: copy the right file there'):
         input_data.read_data_sets(tmp_path)
     (tmp_path / TEST_LABELS).write_bytes(b'damaged')
     with pytest.raises(ValueError, match=f'{TEST_LABELS} is damaged: .* is not from MNIST'):
@@ -884,27 +834,11 @@ def test_mnists_files_do_not_fill_the_gaps_of_another_data_set(tmp_path, mirrors
     assert not mirrors.requests
 
 
-def test_images_and_labels_of_different_numbers_are_refused(tmp_path):
-    write_data_set(tmp_path)
-    write_idx(tmp_path / TEST_LABELS, np.zeros(19, np.uint8))
-    with pytest.raises(ValueError, match='t10k-images-idx3-ubyte holds 20 images, but '
-                                         't10k-labels-idx1-ubyte 19 labels'):
-        input_data.read_data_sets(tmp_path, validation_size=0)
-
-
 def test_training_and_test_images_of_different_sizes_are_refused(tmp_path):
     write_data_set(tmp_path)
     write_idx(tmp_path / TEST_IMAGES, np.zeros((20, 8, 7), np.uint8))
-    with pytest.raises(ValueError, match=r't10k-images-idx3-ubyte holds images \[20, 8, 7\], but '
-                                         r'train-images-idx3-ubyte \[60, 9, 7\]: they belong'):
-        input_data.read_data_sets(tmp_path, validation_size=0)
-
-
-@pytest.mark.parametrize('part, counts', [('train', {'train': 0}), ('t10k', {'test': 0}),
-                                          ('train', {'side': (9, 0)})])
-def test_files_without_any_images_are_refused(part, counts, tmp_path):
-    write_data_set(tmp_path, **counts)
-    with pytest.raises(ValueError, match=f'{part}-images-idx3-ubyte holds no images'):
+    with pytest.raises(ValueError, match=r'training images \[60, 9, 7\] and test images '
+                                         r'\[20, 8, 7\]: they belong to different data sets'):
         input_data.read_data_sets(tmp_path, validation_size=0)
 
 
@@ -991,65 +925,6 @@ def test_what_may_pass_is_tried_again(faults, requests, copies, mirrors):
     assert sorted(os.listdir(copies)) == sorted(NAMES)
 
 
-@pytest.mark.parametrize('name, most', [
-    (TRAIN_IMAGES, 48 << 20), (TEST_LABELS, 65536 + 2 * 10000)])
-def test_a_body_without_an_end_is_read_no_further_than_mnists_could_be(name, most, copies, mirrors):
-    (copies / name).unlink()
-    mirrors.faults[name] = ['endless'] * 3
-    tracemalloc.start()
-    with pytest.raises(OSError, match=f'it sends more than {most:,} bytes'):
-        input_data.read_data_sets(copies)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 200 << 20
-    mirrors.faults[name] = ['endless']
-    assert input_data.read_data_sets(copies).train.num_examples == 55000
-
-
-@pytest.mark.parametrize('content, reason', [
-    (gzip.compress(idx(np.zeros((60, 9, 7), np.uint8))), 'it sends more than 73,096 bytes'),
-    (idx(np.zeros((60, 9, 7), np.uint8)), 'it sends more than 73,096 bytes'),
-    (b'<!DOCTYPE html>', 'it begins with'), (b'\x1f\x8b\x08\x08a file name', 'ended'),
-    (b'\0\0\x08\x03\x7f\xff\xff\xff', 'promises .* where 4,294,967,296 are the most')],
-    ids=['gzipped', 'unpacked', 'web page', 'gzip name', 'too large'])
-def test_a_body_without_an_end_is_read_no_further_than_its_header_says(content, reason, tmp_path,
-                                                                       mirrors):
-    mirrors.folder = write_data_set(tmp_path / 'origin')
-    (mirrors.folder / TRAIN_IMAGES).write_bytes(content)
-    mirrors.faults[TRAIN_IMAGES] = ['endless'] * 3
-    with pytest.raises(OSError, match=reason):
-        input_data.read_data_sets(tmp_path / 'copy', source_url=mirrors.url)
-
-
-def test_a_file_of_another_name_has_a_bound_too(tmp_path, mirrors, monkeypatch):
-    monkeypatch.setattr(input_data, '_OTHER_MOST', 1 << 20)
-    mirrors.faults['README.md'] = ['endless'] * 3
-    with pytest.raises(OSError, match='it sends more than 1,048,576 bytes'):
-        input_data.maybe_download('README.md', tmp_path, mirrors.url + 'README.md')
-
-
-def test_a_small_body_is_not_unpacked_to_more_than_mnists_could_be(copies, mirrors, tmp_path):
-    mirrors.folder = tmp_path / 'mirror'
-    mirrors.folder.mkdir()
-    write_idx(mirrors.folder / TRAIN_IMAGES, np.zeros((150000, 28, 28), np.uint8))
-    (copies / TRAIN_IMAGES).unlink()
-    tracemalloc.start()
-    with pytest.raises(OSError, match='promises 117,600,000 .* where 50,331,648 are the most'):
-        input_data.read_data_sets(copies)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 30 << 20
-
-
-@pytest.mark.parametrize('status', [403, 404, 410])
-def test_a_refusal_is_not_tried_again(status, copies, mirrors):
-    (copies / TEST_LABELS).unlink()
-    mirrors.faults[TEST_LABELS] = [status]
-    with pytest.raises(OSError, match=str(status)):
-        input_data.read_data_sets(copies)
-    assert mirrors.requests == [TEST_LABELS]
-
-
 @pytest.mark.parametrize('fault', [403, 500, 'cut', 'stall', 'html', 'wrong'])
 def test_the_next_mirror_is_asked_when_one_fails(fault, copies, mirrors, monkeypatch):
     monkeypatch.setattr(input_data, '_MIRRORS', (mirrors.url, mirrors.url + '?second='))
@@ -1083,6 +958,13 @@ def test_when_all_fails_the_error_names_every_url_and_what_to_do(fault, reason, 
         assert part in str(caught.value)
     assert '\n' not in str(caught.value)
     assert sorted(os.listdir(copies)) == sorted(set(NAMES) - {TEST_LABELS})
+
+
+def test_a_body_without_an_end_is_refused(tmp_path, mirrors, monkeypatch):
+    monkeypatch.setattr(input_data, '_MOST', 1 << 20)
+    mirrors.faults['README.md'] = ['endless'] * 3
+    with pytest.raises(OSError, match='it sends more than 1,048,576 bytes'):
+        input_data.maybe_download('README.md', tmp_path, mirrors.url + 'README.md')
 
 
 def test_pauses_between_tries_grow(copies, mirrors, monkeypatch):
@@ -1132,31 +1014,7 @@ def test_two_processes_on_one_empty_folder_both_get_good_data(tmp_path, server):
     assert sorted(os.listdir(tmp_path)) == sorted(NAMES)
 
 
-@pytest.mark.parametrize('unpacked', [False, True])
-def test_two_processes_that_repair_one_file_keep_each_others_good_file(unpacked, copies, server):
-    damaged = copies / (TEST_LABELS.removesuffix('.gz') if unpacked else TEST_LABELS)
-    (copies / TEST_LABELS).unlink()
-    damaged.write_bytes(b'damaged')
-    # Each has downloaded it, and goes on when it reads a line.
-    waits = ('download_verified = input_data._download_verified\n'
-             'def download(*arguments):\n'
-             '    found = download_verified(*arguments)\n'
-             '    print("downloaded", flush=True)\n'
-             '    input()\n'
-             '    return found\n'
-             'input_data._download_verified = download')
-    processes = [start('-c', loading(copies, server.url, waits), stdin=subprocess.PIPE)
-                 for _ in range(2)]
-    assert [process.stdout.readline() for process in processes] == ['downloaded\n'] * 2
-    for process in processes:
-        assert process.communicate('\n', timeout=60)[0] == '55000\n'
-    assert (copies / TEST_LABELS).read_bytes() == (DATA / TEST_LABELS).read_bytes()
-    aside, = copies.glob('*.damaged-*')
-    assert aside.read_bytes() == b'damaged'
-    assert sorted(os.listdir(copies)) == sorted([*NAMES, aside.name])
-
-
-def test_a_repair_that_is_killed_at_any_step_leaves_a_file_in_its_place(copies, mirrors):
+def test_a_repair_that_is_killed_at_any_step_loses_nothing(copies, mirrors):
     steps = 0
     while True:
         shutil.rmtree(copies)
@@ -1173,15 +1031,15 @@ def test_a_repair_that_is_killed_at_any_step_leaves_a_file_in_its_place(copies, 
                 '            os.kill(os.getpid(), signal.SIGKILL)\n'
                 'sys.addaudithook(hook)')
         result = python('-c', loading(copies, mirrors.url, kill))
-        assert (copies / TEST_LABELS).read_bytes() in (
-            b'damaged', (DATA / TEST_LABELS).read_bytes())
+        kept = [path.read_bytes() for path in copies.glob(f'{TEST_LABELS}*')]
+        assert b'damaged' in kept and set(kept) <= {b'damaged', (DATA / TEST_LABELS).read_bytes()}
         if result.returncode == 0:
             break
         assert result.returncode == -signal.SIGKILL
         steps += 1
         assert input_data.read_data_sets(copies).train.num_examples == 55000
         assert [path.read_bytes() for path in copies.glob('*.damaged-*')] == [b'damaged']
-    assert steps > 8
+    assert steps > 4
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
