@@ -6,16 +6,14 @@ digits: about 0.992.
 
 import argparse
 import contextlib
-import math
 import os
 import signal
 import sys
-import threading
 import time
 
 import input_data
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # errors, but no notices
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # no notices; what fails is an exception
 os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')  # a GPU's memory as it is needed
 import tensorflow.compat.v1 as tf
 
@@ -66,7 +64,7 @@ def deepnn(x):
 
     # Neurons left out at random in training cannot rely on each other: less overfitting.
     with tf.name_scope('dropout'):
-        keep_prob = tf.placeholder(tf.float32)
+        keep_prob = tf.placeholder(tf.float32, name='keep_prob')
         h_fc1_drop = tf.nn.dropout(h_fc1, keep_prob)
 
     # The readout: 1024 features to 10 classes.
@@ -107,8 +105,8 @@ def train(flags):
     mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=flags.seed)
 
     # Create the model
-    x = tf.placeholder(tf.float32, shape=[None, 784])
-    y_ = tf.placeholder(tf.float32, shape=[None, 10])
+    x = tf.placeholder(tf.float32, shape=[None, 784], name='x')
+    y_ = tf.placeholder(tf.float32, shape=[None, 10], name='y_')
     y_conv, keep_prob = deepnn(x)
 
     # Define loss and optimizer
@@ -126,12 +124,12 @@ def train(flags):
 
     with tf.Session(config=session_config(flags.bfloat16)) as sess, kept_in(flags) as model_dir:
         sess.run(tf.global_variables_initializer())
-        start, save = 0, None
-        if model_dir:  # it goes on from there, saves there, and writes there for TensorBoard
-            start, save, accuracy = model_dir.resume(mnist.train, cross_entropy, accuracy)
+        steps = range(flags.max_steps)
+        if model_dir:  # goes on from its last checkpoint, saves more, and writes for TensorBoard
+            steps, accuracy = model_dir.resume(mnist.train, cross_entropy, accuracy)
 
         # Train
-        for i in progress(range(start, flags.max_steps), save):
+        for i in progress(steps, flags.max_steps):
             batch = mnist.train.next_batch(flags.batch_size)
             if i % 100 == 0:
                 train_accuracy = accuracy.eval(feed_dict={
@@ -150,7 +148,7 @@ def train(flags):
 
 
 # The tutorial ends here. The rest is for the command line: test images in batches, the progress
-# line, Ctrl-C, --bfloat16 and the other flags. What --model_dir adds is in model_dir.py.
+# line, --bfloat16 and the other flags. What --model_dir adds is in model_dir.py.
 
 
 def main(argv=None):
@@ -158,7 +156,8 @@ def main(argv=None):
 
     Raises:
         OSError, ValueError: the data or --model_dir cannot be used, or a flag is out of range.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; with --model_dir, its text says what is kept.
+        KeyboardInterrupt: with --model_dir, a signal ended the training; it says what is kept.
+        SystemExit: --help, or flags that argparse refuses.
     """
     flags = checked(flag_parser(__doc__).parse_args(argv))
     with tf.Graph().as_default():  # a graph of its own: a notebook may call this again
@@ -170,76 +169,27 @@ def in_batches(data_set, size=200):
 
     The first layer's output for all 10,000 test images at once would take a gigabyte.
     """
-    for i in progress(range(math.ceil(data_set.num_examples / size))):
-        rest = data_set.num_examples - i * size
-        yield data_set.next_batch(min(size, rest), shuffle=False)
+    for first in range(0, data_set.num_examples, size):
+        yield data_set.next_batch(min(size, data_set.num_examples - first), shuffle=False)
 
 
-def progress(steps, save=None):
-    """Yields the steps, a range; on a terminal, standard error shows their speed and the time left.
-
-    `save` is called after each step with the number of steps that are done. Ctrl-C or SIGTERM ends
-    the steps after the one under way, by KeyboardInterrupt.
+def progress(steps, end):
+    """Yields the steps; on a terminal, standard error shows their speed and the time left to `end`.
     """
+    on_terminal = sys.stderr and sys.stderr.isatty()
     began = shown = time.monotonic()
     try:
-        with signals_held_back() as held:
-            for done, step in enumerate(steps, 1):
-                yield step
-                if save:
-                    save(step + 1)
-                if held:
-                    break
-                now = time.monotonic()
-                if now > shown + 0.5 and sys.stderr and sys.stderr.isatty():
-                    shown, speed = now, done / (now - began)
-                    left = round((len(steps) - done) / speed)
-                    line = f'{speed:.0f} steps/s, {left // 60}:{left % 60:02d} left'
-                    print(f'\r{line:30}\r', end='', file=sys.stderr, flush=True)
+        for done, step in enumerate(steps, 1):
+            yield step
+            now = time.monotonic()
+            if on_terminal and now > shown + 0.5:
+                shown, speed = now, done / (now - began)
+                minutes, seconds = divmod(round((end - step - 1) / speed), 60)
+                line = f'{speed:.0f} steps/s, {minutes}:{seconds:02d} left'
+                print(f'\r{line:30}\r', end='', file=sys.stderr, flush=True)
     finally:
         if shown > began:
             print(f'\r{"":30}\r', end='', file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def signals_held_back():
-    """Holds Ctrl-C and SIGTERM back until a step is done; a second one ends the process at once.
-
-    While TensorFlow goes through a feed_dict in C++, an exception in Python's functions that it
-    calls is a segmentation fault, or is lost.
-
-    Yields:
-        List, to which a signal is added: then this context is to be left.
-    """
-    held, usual = [], {}
-
-    def hold_back(number, _):
-        held.append(number)
-        in_a_shell = hasattr(sys, 'ps1')  # Python's or IPython's: that is not to end
-        signal.signal(number, signal.default_int_handler if in_a_shell else signal.SIG_DFL)
-
-    if threading.current_thread() is threading.main_thread():  # no other one gets signals
-        usual = handle_signals(hold_back)
-    try:
-        yield held
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-    if held:
-        stopped = KeyboardInterrupt('stopped')
-        stopped.exit_code = 128 + held[0]
-        raise stopped
-
-
-def handle_signals(handler):
-    """Sets what Ctrl-C and SIGTERM do, unless they are ignored, as in a shell's background job.
-
-    Returns:
-        dict, signal -> its handler before.
-    """
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
-               if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def kept_in(flags):
@@ -247,11 +197,11 @@ def kept_in(flags):
     if flags.model_dir is None:
         return contextlib.nullcontext()
     from model_dir import ModelDir  # which nothing else needs
-    return ModelDir(flags, progress)
+    return ModelDir(flags)
 
 
 def session_config(bfloat16):
-    """The session's settings; bfloat16: whether to compute in it, where the CPU can."""
+    """The session's settings; bfloat16: whether to compute in it, if the CPU can."""
     config = tf.ConfigProto()
     if bfloat16 and computes_in_bfloat16():
         rewrites = config.graph_options.rewrite_options
@@ -263,15 +213,7 @@ def session_config(bfloat16):
 
 
 def computes_in_bfloat16():
-    """Whether the CPU has bfloat16 instructions (AVX512_BF16, AMX) and oneDNN may use them.
-
-    TensorFlow doesn't tell; Linux does. oneDNN's limits are those of
-    https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html
-    """
-    limit = os.environ.get('ONEDNN_MAX_CPU_ISA', '').upper()
-    if limit in ('SSE41', 'AVX', 'AVX2', 'AVX2_VNNI', 'AVX2_VNNI_2', 'AVX512_CORE',
-                 'AVX512_CORE_VNNI') or os.environ.get('TF_ENABLE_ONEDNN_OPTS') == '0':
-        return False
+    """Whether the CPU has bfloat16 instructions. TensorFlow doesn't tell; Linux does."""
     try:
         with open('/proc/cpuinfo') as cpuinfo:
             return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpuinfo.read().split())
@@ -281,21 +223,25 @@ def computes_in_bfloat16():
 
 def flag_parser(description):
     """The parser of this script's flags, to which others can be added."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(usage='%(prog)s [flags]', description=description)
     here = os.path.dirname(os.path.realpath(__file__))
-    parser.add_argument('--data_dir', default=os.path.join(here, 'MNIST_data'),
-                        help='folder of the MNIST files; those missing are downloaded')
-    parser.add_argument('--max_steps', type=int, default=20000, help='number of training steps')
-    parser.add_argument('--batch_size', type=int, default=50, help='number of examples in a step')
-    parser.add_argument('--learning_rate', type=float, default=1e-4, help='of the Adam optimizer')
-    parser.add_argument('--seed', type=int, help='whole number: the same one gives the same run')
-    parser.add_argument('--model_dir', type=os.path.expanduser,
-                        help='folder for checkpoints, to resume from, and TensorBoard; none: '
-                        'nothing is kept')
-    parser.add_argument('--save_checkpoints_steps', type=int, default=1000,
-                        help='training steps from one checkpoint to the next')
+    parser.add_argument('--data_dir', metavar='FOLDER', default=os.path.join(here, 'MNIST_data'),
+                        help='where the MNIST files are; missing ones are downloaded (default: '
+                        '%(default)s)')
+    parser.add_argument('--max_steps', metavar='N', type=int, default=20000,
+                        help='number of training steps (default: %(default)s)')
+    parser.add_argument('--batch_size', metavar='N', type=int, default=50,
+                        help='number of examples in a step (default: %(default)s)')
+    parser.add_argument('--learning_rate', metavar='RATE', type=float, default=1e-4,
+                        help='of the Adam optimizer (default: %(default)s)')
+    parser.add_argument('--seed', metavar='N', type=int,
+                        help='a whole number that makes the run repeatable')
+    parser.add_argument('--model_dir', metavar='FOLDER', type=os.path.expanduser,
+                        help='where to keep the network, to resume an earlier run from, and to '
+                        'write for TensorBoard; without this flag, nothing is kept')
+    parser.add_argument('--save_checkpoints_steps', metavar='N', type=int, default=1000,
+                        help='training steps from one checkpoint to the next (default: '
+                        '%(default)s)')
     parser.add_argument('--bfloat16', action='store_true',
                         help='compute in bfloat16, about 1.5 times as fast, if the CPU can')
     return parser
@@ -304,18 +250,16 @@ def flag_parser(description):
 def checked(flags):
     """The parsed flags; ValueError: a number is out of range."""
     for name in ('max_steps', 'batch_size', 'learning_rate', 'save_checkpoints_steps'):
-        if not 0 < getattr(flags, name) < math.inf:
+        if not 0 < getattr(flags, name) <= float(tf.float32.max):
             raise ValueError(f'argument --{name}: {getattr(flags, name)} is not a number above 0')
     return flags
 
 
 def run(main):
     """Runs a script's main, and turns its exceptions into one line; returns the exit code."""
-    if not sys.stderr:  # closed by 2>&-
-        sys.stderr = open(os.devnull, 'w')  # noqa: SIM115
     try:
         return main()
-    except KeyboardInterrupt as stopped:
+    except KeyboardInterrupt as stopped:  # those of model_dir have an exit code
         print(str(stopped) or 'stopped', file=sys.stderr)
         return getattr(stopped, 'exit_code', 130)
     except (OSError, ValueError) as error:
@@ -324,4 +268,8 @@ def run(main):
 
 
 if __name__ == '__main__':
+    # Ctrl-C ends this process as it ends any C program. The exception of Python's own handler, if
+    # it comes while TensorFlow goes through a feed_dict, is a segmentation fault, or is lost.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(run(main))

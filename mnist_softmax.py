@@ -11,7 +11,7 @@ import sys
 
 import input_data
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # errors, but no notices
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # no notices; what fails is an exception
 os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')  # a GPU's memory as it is needed
 import tensorflow.compat.v1 as tf
 
@@ -62,7 +62,9 @@ def train(flags):
 def main(argv=None):
     """Runs the tutorial with a list of flags, the command line's if None.
 
-    OSError, ValueError: the data cannot be had or does not fit; a flag is out of range.
+    Raises:
+        OSError, ValueError: the data cannot be used, or a flag is out of range.
+        SystemExit: --help, or flags that argparse refuses.
     """
     flags = parse_flags(argv)
     with tf.Graph().as_default():  # a graph of its own: a notebook may call this again
@@ -71,19 +73,22 @@ def main(argv=None):
 
 def parse_flags(argv):
     """The flags; their defaults are the tutorial's. ValueError: one is out of range."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(usage='%(prog)s [flags]', description=__doc__)
     here = os.path.dirname(os.path.realpath(__file__))
-    parser.add_argument('--data_dir', default=os.path.join(here, 'MNIST_data'),
-                        help='folder of the MNIST files; those missing are downloaded')
-    parser.add_argument('--max_steps', type=int, default=1000, help='number of training steps')
-    parser.add_argument('--batch_size', type=int, default=100, help='number of examples in a step')
-    parser.add_argument('--learning_rate', type=float, default=0.5, help='of gradient descent')
-    parser.add_argument('--seed', type=int, help='whole number: the same one gives the same run')
+    parser.add_argument('--data_dir', metavar='FOLDER', default=os.path.join(here, 'MNIST_data'),
+                        help='where the MNIST files are; missing ones are downloaded (default: '
+                        '%(default)s)')
+    parser.add_argument('--max_steps', metavar='N', type=int, default=1000,
+                        help='number of training steps (default: %(default)s)')
+    parser.add_argument('--batch_size', metavar='N', type=int, default=100,
+                        help='number of examples in a step (default: %(default)s)')
+    parser.add_argument('--learning_rate', metavar='RATE', type=float, default=0.5,
+                        help='of gradient descent (default: %(default)s)')
+    parser.add_argument('--seed', metavar='N', type=int,
+                        help='a whole number that makes the run repeatable')
     flags = parser.parse_args(argv)
     for name in ('max_steps', 'batch_size', 'learning_rate'):
-        if not 0 < getattr(flags, name) < float('inf'):
+        if not 0 < getattr(flags, name) <= float(tf.float32.max):
             raise ValueError(f'argument --{name}: {getattr(flags, name)} is not a number above 0')
     return flags
 

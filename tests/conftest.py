@@ -1,17 +1,21 @@
 """What the tests share: the real data, a real HTTP server, and real processes."""
 
 import collections
+import contextlib
 import fcntl
 import gzip
 import http.server
 import os
 import pathlib
+import random
 import re
+import resource
 import signal
 import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -28,17 +32,6 @@ os.environ['no_proxy'] = '127.0.0.1'
 # A shell's background job ignores Ctrl-C, and so would all processes that the tests start from one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith('TF_')}
-
-# The longest files come first, so that pytest's workers come to their end together.
-LONGEST = ['test_replica.py', 'test_model_dir.py', 'test_predict.py',
-           'test_input_data.py', 'test_benchmarks.py', 'test_docs.py', 'test_draw.py',
-           'test_scripts.py']
-
-
-def pytest_collection_modifyitems(items):
-    rank = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
-
 
 def idx(array):
     """What an IDX file of a uint8 array holds."""
@@ -173,7 +166,7 @@ def own_lines(errors):
     return re.sub(f'^({TENSORFLOWS_OWN.pattern})', '', errors, flags=re.MULTILINE)
 
 
-def own_line(process):
+def next_line(process):
     """The next line of a process's standard error that is not TensorFlow's own."""
     line = process.stderr.readline()
     while line and not own_lines(line):
@@ -184,8 +177,8 @@ def own_line(process):
 def python(*arguments, **options):
     """Runs a Python process to its end; its result, standard error as `own_lines` has it."""
     result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
-                            timeout=300, check=False,
-                            **{'cwd': ROOT, 'env': ENVIRONMENT, **options})
+                            check=False,
+                            **{'cwd': ROOT, 'env': ENVIRONMENT, 'timeout': 300, **options})
     result.stderr = own_lines(result.stderr)
     return result
 
@@ -195,3 +188,63 @@ def start(*arguments, **options):
     return subprocess.Popen([sys.executable, *map(str, arguments)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             **{'cwd': ROOT, 'env': ENVIRONMENT, **options})
+
+
+def until(condition, process):
+    """Waits for something that a process does."""
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def watch_batches(monkeypatch, event=lambda number: None):
+    """Notes the training minibatches that are drawn, and lets something happen at each one.
+
+    Args:
+        event: called with a batch's number, from 0 on.
+
+    Returns:
+        dict, data set -> list of its batches' labels, as lists.
+    """
+    draw, drawn = input_data.DataSet.next_batch, {}
+
+    def next_batch(self, batch_size, fake_data=False, shuffle=True):
+        batch = draw(self, batch_size, fake_data, shuffle)
+        if shuffle:
+            event(sum(map(len, drawn.values())))
+            drawn.setdefault(self, []).append(batch[1].tolist())
+        return batch
+    monkeypatch.setattr(input_data.DataSet, 'next_batch', next_batch)
+    return drawn
+
+
+@pytest.fixture
+def full_disk():
+    """In this context no file grows beyond a megabyte: the kernel refuses it, as on a full disk."""
+    @contextlib.contextmanager
+    def full_disk():
+        usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, usual[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    return full_disk
+
+
+def peak_kilobytes(*arguments, **options):
+    """The most memory that a Python process takes, and its result."""
+    # Measured from a small process: a child's peak begins with what its parent has.
+    result = python('-c', 'import resource, subprocess, sys\n'
+                    'subprocess.run([sys.executable, *sys.argv[1:]])\n'
+                    'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)', *arguments,
+                    **options)
+    return int(result.stdout.splitlines()[-1]), result
+
+
+@pytest.fixture
+def moments(request):
+    """A random.Random for the moments of kills; a failed test shows its seed."""
+    seed = int(os.environ.get('TEST_SEED') or time.time_ns())
+    request.node.add_report_section('call', 'to repeat its moments', f'TEST_SEED={seed}')
+    return random.Random(seed)

@@ -2,27 +2,27 @@
 
 import json
 import subprocess
+import types
 
-import forked
 import pytest
 from conftest import python
 
+import mnist_deep
 from benchmarks import contestants, run
 
 
 @pytest.fixture(scope='module')
 def results(trained):
     """What each benchmark finds with --quick, by name."""
-    usual = subprocess.run
-
     def contestant(command, **options):
-        if {'step_keras', 'step_torch'} & {*command}:  # not beside our TensorFlow 1.x
-            return usual(command, **options)
-        process = forked.start(*command[1:])
-        output, errors = process.communicate()
-        return subprocess.CompletedProcess(command, process.returncode, output, errors)
+        function, arguments = command[-2:]
+        if function in ('step_keras', 'step_torch'):  # not beside our TensorFlow 1.x
+            return subprocess.run(command, **options)  # noqa: PLW1510 (the options say)
+        with mnist_deep.tf.Graph().as_default():
+            found = getattr(contestants, function)(**json.loads(arguments))
+        return subprocess.CompletedProcess(command, 0, json.dumps(found), '')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.subprocess, 'run', contestant)
+        patch.setattr(run, 'subprocess', types.SimpleNamespace(run=contestant))
         return {name: benchmark(True, str(trained[0]))
                 for name, benchmark in run.BENCHMARKS.items()}
 
