@@ -214,15 +214,21 @@ def digit_pieces(is_ink):
                       for box in ndimage.find_objects(numbers)])
     sizes, areas = boxes[..., 1] - boxes[..., 0], np.bincount(numbers.ravel())[1:]
 
-    # What runs along the border is the sheet's edge, or a shadow; what is much smaller is a speck.
+    # What runs along the border is the sheet's edge, or a shadow.
     border = np.concatenate([numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]])
     along = np.bincount(border, minlength=count + 1)[1:] > 0.5 * sizes.max(1)
     if along.all():
         along = areas > 0.4 * sizes.prod(1)  # a digit that is cut off does not fill its box
-    areas[along] = 0
-    kept = np.flatnonzero(areas > 0.05 * areas.max())
-    if not kept.size:
+    is_ink = is_ink & np.append(False, ~along)[numbers]
+    if not is_ink.any():
         raise ValueError(NOTHING)
+
+    # What is nearer than the pen is wide belongs together. What is much smaller is a speck.
+    near = ndimage.distance_transform_edt(~is_ink) <= (pen_width(is_ink) + 1) / 2
+    groups = ndimage.label(near, TOUCHING)[0] * is_ink
+    areas = np.bincount(groups.ravel())[1:]
+    is_ink &= np.append(False, areas > 0.05 * areas.max())[groups]
+    kept = np.unique(numbers[is_ink]) - 1
 
     # What surrounds another, not much smaller piece is a frame, or a cell of a form.
     starts, stops, heights = boxes[kept, :, 0], boxes[kept, :, 1], sizes[kept, 0]
@@ -238,11 +244,10 @@ def digit_pieces(is_ink):
         digits += start >= end
         end = max(end, stop)
 
-    # The strokes of one digit are nearer than the pen is wide, and together no wider than high.
+    # But the strokes of one digit may: they are near, and together no wider than high.
     height, width = lengths(box_of(is_digit))
-    if digits > 1 and width <= height:
-        near = ndimage.distance_transform_edt(~is_digit) <= (pen_width(is_digit) + 1) / 2
-        digits = min(digits, ndimage.label(near, TOUCHING)[1])
+    if width <= height:
+        digits = min(digits, np.unique(groups[is_digit]).size)
     return is_digit, digits
 
 

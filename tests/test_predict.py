@@ -200,6 +200,12 @@ def test_a_piece_that_stands_apart_stays_and_specks_go():
     assert pictures.normalise(page) == pytest.approx(clean, abs=1e-3)
 
 
+def test_a_stroke_broken_into_dots_is_no_specks():
+    page = np.asarray(drawn(7)).copy()
+    page[60:][np.arange(140) % 9 > 2] = 255  # each a fiftieth of the bar
+    assert pictures.normalise(page).reshape(28, 28)[20:].max() > 0.3
+
+
 def test_the_edge_of_a_shadow_is_no_ink(network):
     y, x = np.mgrid[-1:1:400j, -1:1:400j]
     right = []
