@@ -230,11 +230,11 @@ def digit_pieces(is_ink):
     is_ink &= np.append(False, areas > 0.05 * areas.max())[groups]
     kept = np.unique(numbers[is_ink]) - 1
 
-    # What surrounds another, not much smaller piece is a frame, or a cell of a form.
-    starts, stops, heights = boxes[kept, :, 0], boxes[kept, :, 1], sizes[kept, 0]
-    surrounds = ((starts[:, np.newaxis] < starts) & (stops[:, np.newaxis] > stops)).all(2)
-    surrounds &= heights > 0.4 * heights[:, np.newaxis]
-    kept = kept[~surrounds.any(1)]
+    # What surrounds another piece that is not much smaller is a frame, or a cell of a form.
+    (tops, bottoms), (lefts, rights) = boxes[kept].transpose(1, 2, 0)[..., np.newaxis]
+    heights = bottoms - tops
+    surrounds = (tops < tops.T) & (bottoms > bottoms.T) & (lefts < lefts.T) & (rights > rights.T)
+    kept = kept[~(surrounds & (heights.T > 0.4 * heights)).any(1)]
     is_digit = np.isin(numbers, kept + 1)
 
     # Digits stand side by side: they share no column, and none is much taller than another.
@@ -244,7 +244,7 @@ def digit_pieces(is_ink):
         digits += start >= end
         end = max(end, stop)
 
-    # But the strokes of one digit may: they are near, and together no wider than high.
+    # The strokes of one digit may do so, too, if they are near and together no wider than high.
     height, width = lengths(box_of(is_digit))
     if width <= height:
         digits = min(digits, np.unique(groups[is_digit]).size)
