@@ -8,6 +8,8 @@ Needs NumPy, Pillow and SciPy, and no TensorFlow: copy this one file to read pic
 of your own.
 """
 
+import contextlib
+import ctypes
 import io
 import math
 import os
@@ -23,6 +25,18 @@ except ImportError as error:
 VIEW = 224  # pixels: a picture is looked at in this size, or smaller
 NOTHING = 'no digit: nothing on it stands out as ink on paper does'
 TOUCHING = np.ones([3, 3])  # a pixel and its eight neighbours
+
+
+class SeveralDigits(ValueError):
+    """Several digits stand side by side, or it looks so: an open 4's stem may be far from the rest.
+
+    Attributes:
+        image: float32 array [784], what `normalise` would return if all of it were one digit.
+    """
+
+    def __init__(self, count, image):
+        super().__init__(f'{count} digits side by side, expected one: cut the picture to it')
+        self.image = image
 
 
 def normalise(picture):
@@ -44,7 +58,8 @@ def normalise(picture):
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: no digit is found, or several; or it is no picture, or too large.
+        SeveralDigits: a ValueError; more than one digit is found.
+        ValueError: no digit is found; or it is no picture, or too large.
     """
     grey = to_grey(picture)
     if grey.size == (28, 28):
@@ -52,19 +67,27 @@ def normalise(picture):
         if is_normalised(ink):
             return (ink / ink.max()).reshape(784)
 
-    box, _ = find_digit(grey)  # one look at all of it, one from near
+    try:
+        box, _, _ = find_digit(grey)
+    except ValueError:  # light and shadow may hide a small digit from a wide window
+        box, _, _ = find_digit(grey, 1 / 8)
     grey = cut(grey, box, 0.35)
-    box, ink = find_digit(grey)
+    box, ink, digits = find_digit(grey)  # from near
     if is_frame(ink > 0):
         try:
             return normalise(cut(grey, box, -0.12))
+        except SeveralDigits:
+            raise
         except ValueError:
-            pass  # there is nothing inside: it is a 1, as straight as a frame
-    return in_28x28(with_mnists_stroke(ink)).reshape(784)
+            pass  # there is nothing inside: it is a 1 or a 0, as straight as a frame
+    image = in_28x28(with_mnists_stroke(ink)).reshape(784)
+    if digits > 1:
+        raise SeveralDigits(digits, image)
+    return image
 
 
 def to_grey(picture):
-    """Turns what `normalise` takes into a Pillow image of grey levels, on white paper."""
+    """Turns what `normalise` takes into a Pillow image of grey levels."""
     if isinstance(picture, (str, os.PathLike)):
         picture = open_picture(picture)
     elif not isinstance(picture, Image.Image):
@@ -83,9 +106,10 @@ def to_grey(picture):
     if 'A' not in picture.getbands() and 'transparency' not in picture.info:
         return picture.convert('L')
     picture = picture.convert('RGBA')
-    paper = Image.new('L', picture.size, 255)
-    paper.paste(picture.convert('L'), mask=picture.getchannel('A'))
-    return paper
+    grey, opacity = picture.convert('L'), picture.getchannel('A')
+    counts = grey.histogram(opacity)  # of the levels that can be seen
+    paper = 0 if sum(counts[128:]) > sum(counts[:128]) else 255  # what the ink is not
+    return Image.composite(grey, Image.new('L', grey.size, paper), opacity)
 
 
 def is_normalised(ink):
@@ -95,17 +119,18 @@ def is_normalised(ink):
             and np.abs(np.subtract(ndimage.center_of_mass(ink), 13.5)).max() < 1)
 
 
-def find_digit(grey):
-    """Finds the digit in a Pillow image of grey levels.
+def find_digit(grey, window=1 / 2):
+    """Finds the digit in a Pillow image of grey levels; `find_ink` says what the window is.
 
     Returns:
         (left, top, right, bottom): where it is, in pixels.
         ink: float32 array [height, width], that part in at most VIEW pixels: 0 is paper, 1 ink.
+        digits: how many digits seem to stand there side by side.
     """
     scale = max(1, max(grey.size) / VIEW)
     width, height = (math.ceil(side / scale) for side in grey.size)
     view = dark_on_light(np.asarray(grey.resize((width, height), Image.BOX), np.float32))
-    ink, is_ink, contrast = find_ink(view)
+    ink, is_ink, contrast = find_ink(view, window)
     is_digit, digits = digit_pieces(is_ink)
 
     # Paper is on both sides of a stroke. What passes for ink at the edge of a shadow, or in noise,
@@ -115,14 +140,13 @@ def find_digit(grey):
     lighter = view[beside] > np.median(view[is_digit]) + contrast / 2
     if lighter.sum() < 0.85 * lighter.size:
         raise ValueError(NOTHING)
-    if digits > 1:
-        raise ValueError(f'{digits} digits side by side, expected one: cut the picture to it')
 
     rows, columns = box_of(is_digit)
     ink = np.pad(ink * near, 1)  # a stroke's grey edge belongs to it, too
     ink = ink[rows.start:rows.stop + 2, columns.start:columns.stop + 2]
     x, y = grey.width / width, grey.height / height
-    return (columns.start * x, rows.start * y, columns.stop * x, rows.stop * y), ink / ink.max()
+    box = columns.start * x, rows.start * y, columns.stop * x, rows.stop * y
+    return box, ink / ink.max(), digits
 
 
 def cut(grey, box, margin):
@@ -144,39 +168,28 @@ def dark_on_light(view):
     return 255 - view if (differs * np.abs(differs)).sum() > 0 else view
 
 
-def find_ink(view):
-    """Takes paper and light away from grey levels, 0 to 255: float32 [height, width], dark ink.
+def find_ink(view, window):
+    """Takes paper and light away from grey levels.
+
+    Args:
+        view: float32 array [height, width], 0 to 255, with dark ink.
+        window: what is dark and narrower is ink, as a share of the view's longer side.
 
     Returns:
         ink: float32 array [height, width], 0 is paper, 1 ink.
         is_ink: bool array [height, width].
         contrast: how much darker ink is than paper, in grey levels.
     """
-    # The paper: what is dark and narrower than a window is filled up. A window as large as the
-    # picture is wider than any stroke, a small one follows the edge of a shadow: take a smaller one
-    # if its ink stands out better. Ink along much of the border is shadow.
-    if np.ptp(view) < 1:
-        raise ValueError('no digit: it has one brightness all over, no ink or nothing but ink')
-    papers = (ndimage.grey_closing(view, [max(view.shape) // part | 1] * 2, mode='nearest')
-              for part in (1, 2, 4, 8))
-    best, found = 0, None
-    for ink in (paper - view for paper in papers):
-        if np.ptp(ink) < 1:
-            continue
-        threshold = otsu_threshold(ink)
-        is_ink = ink >= threshold
-        share, contrast = is_ink.mean(), ink[is_ink].mean() - ink[~is_ink].mean()
-        separation = share * (1 - share) * contrast ** 2 / ink.var()  # Otsu's, at most 1
-        border = np.concatenate([is_ink[0], is_ink[-1], is_ink[:, 0], is_ink[:, -1]])
-        if separation * contrast > 1.1 * best and border.mean() < 0.4:
-            best, found = separation * contrast, (ink, is_ink, contrast, threshold)
-    if found is None:
+    window = int(window * max(view.shape)) | 1
+    ink = ndimage.grey_closing(view, [window, window], mode='nearest') - view  # closed, it is paper
+    if np.ptp(ink) < 1:
         raise ValueError(NOTHING)
-    ink, is_ink, contrast, threshold = found
-
+    threshold = otsu_threshold(ink)
+    is_ink = ink >= threshold
+    contrast = ink[is_ink].mean() - ink[~is_ink].mean()
     paper = np.median(ink[~is_ink])
     unrest = 1.48 * np.median(np.abs(ink[~is_ink] - paper))  # the paper's standard deviation
-    if contrast < max(6, 5 * unrest):
+    if contrast < max(3, 5 * unrest):
         raise ValueError(NOTHING)
     fainter = ink > 0.75 * threshold + 0.25 * paper  # there, a stroke goes on
     is_ink = ndimage.binary_propagation(is_ink, TOUCHING, mask=fainter)
@@ -197,32 +210,51 @@ def otsu_threshold(ink):
 def digit_pieces(is_ink):
     """Drops what is not the digit: bool [height, width] in and out, and the number of digits."""
     numbers, count = ndimage.label(is_ink, TOUCHING)
-    boxes = ndimage.find_objects(numbers)
-    heights, widths = np.array([lengths(box) for box in boxes]).T
-    sizes, areas = np.maximum(heights, widths), np.bincount(numbers.ravel())[1:]
+    boxes = np.array([[(side.start, side.stop) for side in box]  # [count, 2, 2]: rows and columns
+                      for box in ndimage.find_objects(numbers)])
+    sizes, areas = boxes[..., 1] - boxes[..., 0], np.bincount(numbers.ravel())[1:]
 
-    # What runs along the border is the sheet's edge, or a shadow; what is much smaller is a speck.
+    # What runs along the border is the sheet's edge, or a shadow.
     border = np.concatenate([numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]])
-    along = np.bincount(border, minlength=count + 1)[1:] > 0.5 * sizes
+    along = np.bincount(border, minlength=count + 1)[1:] > 0.5 * sizes.max(1)
     if along.all():
-        along = areas > 0.4 * heights * widths  # a digit that is cut off does not fill its box
-    areas[along] = 0
-    if not areas.any():
+        along = areas > 0.4 * sizes.prod(1)  # a digit that is cut off does not fill its box
+    is_ink = is_ink & np.append(False, ~along)[numbers]
+    if not is_ink.any():
         raise ValueError(NOTHING)
-    largest = areas.argmax()
-    areas[areas < 0.05 * areas[largest]] = 0
+
+    # What is nearer than the pen is wide belongs together. What is much smaller is a speck.
+    near = ndimage.distance_transform_edt(~is_ink) <= (pen_width(is_ink) + 1) / 2
+    groups = ndimage.label(near, TOUCHING)[0] * is_ink
+    areas = np.bincount(groups.ravel())[1:]
+    is_ink &= np.append(False, areas > 0.05 * areas.max())[groups]
+    kept = np.unique(numbers[is_ink]) - 1
+
+    # What surrounds another piece that is not much smaller is a frame, or a cell of a form.
+    (tops, bottoms), (lefts, rights) = boxes[kept].transpose(1, 2, 0)[..., np.newaxis]
+    heights = bottoms - tops
+    surrounds = (tops < tops.T) & (bottoms > bottoms.T) & (lefts < lefts.T) & (rights > rights.T)
+    kept = kept[~(surrounds & (heights.T > 0.4 * heights)).any(1)]
+    is_digit = np.isin(numbers, kept + 1)
 
     # Digits stand side by side: they share no column, and none is much taller than another.
-    tall = np.flatnonzero((areas > 0) & (heights >= 0.5 * heights[areas > 0].max()))
+    columns, heights = boxes[kept, 1], sizes[kept, 0]
     digits = end = 0
-    for columns in sorted((boxes[piece][1] for piece in tall), key=lambda side: side.start):
-        digits += columns.start >= end
-        end = max(end, columns.stop)
+    for start, stop in sorted(columns[heights >= 0.5 * heights.max()].tolist()):
+        digits += start >= end
+        end = max(end, stop)
 
-    # A 5's bar may stand apart, but near.
-    gaps = np.array([max(max(side.start, other.start) - min(side.stop, other.stop)
-                         for side, other in zip(box, boxes[largest])) for box in boxes])
-    return np.append(False, (areas > 0) & (gaps <= 0.5 * sizes[largest]))[numbers], digits
+    # The strokes of one digit may do so, too, if they are near and together no wider than high.
+    height, width = lengths(box_of(is_digit))
+    if width <= height:
+        digits = min(digits, np.unique(groups[is_digit]).size)
+    return is_digit, digits
+
+
+def pen_width(is_ink):
+    """How wide the strokes of a bool array [height, width] are, in pixels."""
+    # On average over a stroke, its edge is 0.5 pixels and a quarter of its width away.
+    return 4 * ndimage.distance_transform_edt(is_ink)[is_ink].mean() - 2
 
 
 def is_frame(is_digit):
@@ -241,16 +273,17 @@ def with_mnists_stroke(ink):
     size = max(ink.shape)
     ink = np.pad(ink, size // 10)
 
-    # A thin line may lie on two rows of pixels, half on each: 0.35 is ink, too. On average over a
-    # stroke, its edge is 0.5 pixels and a quarter of its width away. One in a hundred of MNIST's
-    # digits is thinner than 0.07 of its size, one in fifty thicker than 0.2.
-    depth = ndimage.distance_transform_edt(ink > 0.35)
-    width = 4 * depth[depth > 0].mean() - 2
-    if width < 0.07 * size:
-        missing = ndimage.distance_transform_edt(ink <= 0.35) - (0.07 * size - width) / 2
-        return np.maximum(ink, np.clip(1 - missing, 0, 1))
-    if width > 0.2 * size:
-        return np.minimum(ink, np.clip(depth - (width - 0.2 * size) / 2, 0, 1))
+    # A thin line may lie on two rows of pixels, half on each: 0.35 is ink, too. One in a hundred of
+    # MNIST's digits is thinner than 0.07 of its size, one in fifty thicker than 0.2.
+    is_ink = ink > 0.35
+    width = pen_width(is_ink) / size
+    if width > 0.375:
+        raise ValueError('no digit: what stands out on it is a blot, not the strokes of a pen')
+    grow = (np.clip(width, 0.07, 0.2) - width) / 2 * size  # on each side
+    if grow > 0:
+        return np.maximum(ink, np.clip(1 + grow - ndimage.distance_transform_edt(~is_ink), 0, 1))
+    if grow < 0:
+        return np.minimum(ink, np.clip(grow + ndimage.distance_transform_edt(is_ink), 0, 1))
     return ink
 
 
@@ -282,6 +315,10 @@ MAX_PIXELS = 50_000_000  # a picture that promises more is not unpacked
 MAX_BYTES = 100_000_000  # nor is a larger file read
 KINDS = ('PNG', 'JPEG', 'GIF', 'BMP', 'WEBP', 'TIFF')  # of the many that Pillow knows
 
+with contextlib.suppress(AttributeError, OSError):  # it may have no libtiff, or hide it
+    # Of a damaged TIFF, libtiff prints lines on standard error; Pillow raises an exception anyway.
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
 
 def open_picture(file):
     """Opens a picture, the first one of an animation, and turns it as its camera was held.
@@ -312,7 +349,10 @@ def open_picture(file):
         picture.draft('L', (4 * VIEW, 4 * VIEW))
         return ImageOps.exif_transpose(picture)
     except Image.UnidentifiedImageError:
-        raise ValueError(f'it begins with {body[:12]!r}, expected {", ".join(KINDS)}: save it as '
-                         'JPEG or PNG') from None
+        found = f'begins with {body[:12]!r}'
+        if body[4:10] in (b'ftyphe', b'ftypmi'):  # heic, heix, mif1, ...
+            found = 'is HEIC, as iPhones save photographs'
+        raise ValueError(f'it {found}, expected {", ".join(KINDS)}: save it as JPEG or PNG'
+                         ) from None
     except Exception as error:  # of all kinds, if a file is damaged
         raise ValueError(f'it cannot be unpacked: {error}; save it anew as JPEG or PNG') from None

@@ -10,6 +10,7 @@ read is named on standard error; the others are read all the same, and the exit 
 """
 
 import argparse
+import glob
 import os
 import sys
 import warnings
@@ -18,7 +19,7 @@ import numpy as np
 
 import mnist_deep
 import model_dir
-from extras.pictures import Image, normalise, open_picture
+from extras.pictures import Image, normalise, open_picture, to_grey
 
 tf = mnist_deep.tf
 
@@ -41,15 +42,18 @@ def main(argv=None):
         for first in range(0, len(flags.pictures), 100):
             images, names = [], []
             for name in flags.pictures[first:first + 100]:
+                seen = None
                 try:
-                    picture = open_picture(sys.stdin.buffer if name == '-' else name)
-                    images.append(normalise(picture))
+                    seen = to_grey(open_picture(sys.stdin.buffer if name == '-' else name))
+                    seen = normalise(seen)
+                    images.append(seen)
                     names.append(name)
                 except (OSError, ValueError) as error:
                     failed = True
+                    seen = getattr(error, 'image', seen)  # of several digits
                     print(f'{name}: {getattr(error, "strerror", None) or error}', file=sys.stderr)
-            if flags.show:
-                show(images, names, flags.show)
+                if flags.show and seen is not None:
+                    show(seen, name, flags.show)
             if images:
                 for name, row in zip(names, sess.run(probabilities, {x: images, keep_prob: 1.0})):
                     print(f'{name}: {answer(row)}', flush=True)
@@ -68,21 +72,26 @@ def answer(probabilities):
 # The tutorial ends here. The rest is for files and flags.
 
 
-def show(images, names, folder):
-    """Writes what the network sees, float32 [n, 784], into a folder, as PNG of 280x280 pixels.
+def show(seen, name, folder):
+    """Writes what was seen of a picture into a folder, as PNG of at most 280x280 pixels.
 
-    Each is named after its picture: name.png or, if there is one, name-2.png, name-3.png, ...
+    Args:
+        seen: what the network sees, float32 [784]; or, where that is nothing, the Pillow image.
+        name: the picture's. The file is name.png or, if there is one, name-2.png, name-3.png, ...
+        folder: where to write; it is made if there is none.
     """
+    if isinstance(seen, np.ndarray):
+        pixels = np.round(seen.reshape(28, 28) * 255).astype(np.uint8)
+        seen = Image.fromarray(pixels).resize((280, 280), Image.NEAREST)
+    seen.thumbnail((280, 280))
     try:
         os.makedirs(folder, exist_ok=True)
-        for image, name in zip(images, names):
-            stem = 'stdin' if name == '-' else os.path.splitext(os.path.basename(name))[0]
-            path, number = os.path.join(folder, f'{stem}.png'), 1
-            while os.path.lexists(path):
-                number += 1
-                path = os.path.join(folder, f'{stem}-{number}.png')
-            pixels = Image.fromarray(np.round(image.reshape(28, 28) * 255).astype(np.uint8))
-            pixels.resize((280, 280), Image.NEAREST).save(path)
+        stem = 'stdin' if name == '-' else os.path.splitext(os.path.basename(name))[0]
+        path, number = os.path.join(folder, f'{stem}.png'), 1
+        while os.path.lexists(path):
+            number += 1
+            path = os.path.join(folder, f'{stem}-{number}.png')
+        seen.save(path)
     except OSError as error:
         raise OSError(f'--show {folder}: {error.strerror or error}; name another folder') from None
 
@@ -91,7 +100,7 @@ def parse_flags(argv):
     """The command line's flags."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__.replace('%', '%%'))
+        description=__doc__)
     parser.add_argument('pictures', nargs='+', metavar='PICTURE', type=os.path.expanduser,
                         help='a PNG, JPEG, GIF, BMP, WebP or TIFF file, or - for one on standard '
                         'input')
@@ -99,9 +108,13 @@ def parse_flags(argv):
                         help='where mnist_deep.py --model_dir has put its checkpoints (default: '
                         '%(default)s)')
     parser.add_argument('--show', metavar='FOLDER', type=os.path.expanduser,
-                        help='also write here what the network sees of each picture, ten times '
-                        'enlarged; no file is replaced')
-    return parser.parse_args(argv)
+                        help='also write here what the network sees of each picture, enlarged ten '
+                        'times, and in grey those in which no digit is found; no file is replaced')
+    flags = parser.parse_intermixed_args(argv)
+    # Where the shell has left '*.png' as it is, as on Windows, it stands for the files that match.
+    flags.pictures = [match for name in flags.pictures for match in (
+        [name] if os.path.exists(name) else sorted(glob.glob(name)) or [name])]
+    return flags
 
 
 if __name__ == '__main__':

@@ -42,14 +42,22 @@ class Camera:
 
         Args:
             digit: float32 [784] in [0, 1], one of MNIST's.
-            size: how many pixels its 28x28 become; the paper is 1.1 to 2.6 times as wide and high.
+            size: how many pixels its 28x28 become.
             light_ink: True for chalk on a board, False for ink on paper, None for either.
         """
+        return self.on_paper(self.enlarge(digit, size), light_ink)
+
+    def on_paper(self, drawing, light_ink=None):
+        """A photograph of a drawing, float32 [height, width] in [0, 1], 1 is ink.
+
+        The paper is 1.1 to 2.6 times as wide and high. The rest is as in `paste`.
+        """
         random = self.random
-        height, width = (int(size * random.uniform(1.1, 2.6)) for _ in range(2))
+        height, width = (int(side * random.uniform(1.1, 2.6)) for side in drawing.shape)
         ink = np.zeros([height, width], np.float32)
-        top, left = random.randint(height - size + 1), random.randint(width - size + 1)
-        ink[top:top + size, left:left + size] = self.enlarge(digit, size)
+        top, left = (random.randint(page - side + 1)
+                     for page, side in zip(ink.shape, drawing.shape))
+        ink[top:top + drawing.shape[0], left:left + drawing.shape[1]] = drawing
         if light_ink is None:
             light_ink = random.rand() < 0.5
 
@@ -71,8 +79,12 @@ class Camera:
         return np.clip(np.round(picture), 0, 255).astype(np.uint8)[..., np.newaxis]
 
     def photograph(self, digit, size, light_ink=None):
-        """The same as JPEG of quality 50, and decoded again: uint8 [height, width, 1]."""
-        return self.session.run(self.decoded, {self.picture: self.paste(digit, size, light_ink)})
+        """What `paste` makes as JPEG of quality 50, and decoded again: uint8 [height, width, 1]."""
+        return self.as_jpeg(self.paste(digit, size, light_ink))
+
+    def as_jpeg(self, picture):
+        """A picture, uint8 [height, width, 1], as JPEG of quality 50, and decoded again."""
+        return self.session.run(self.decoded, {self.picture: picture})
 
 
 def arc(x, y, width, height, start, end):
@@ -95,7 +107,19 @@ STROKES = {
     9: [arc(0.5, 0.3, 0.25, 0.25, 0, 360), [(0.75, 0.3), (0.68, 0.95)]]}
 
 
-def drawn(digit, pen=14, size=160, page=(200, 200), place=(20, 20), shades=(255, 0)):
+def two_strokes(digit, apart):
+    """A 0, 4, 5 or 9 as some write them: in two strokes, whose centre lines stay apart."""
+    return {
+        0: [arc(0.5 - apart / 2, 0.5, 0.28, 0.45, 90, 270),
+            arc(0.5 + apart / 2, 0.5, 0.28, 0.45, 270, 450)],
+        4: [[(0.2, 0.05), (0.2, 0.6), (0.72 - apart, 0.6)], [(0.72, 0.15), (0.72, 0.95)]],
+        5: [[(0.25, 0.05), (0.25, 0.45), *arc(0.48, 0.67, 0.3, 0.28, 220, 510)],
+            [(0.25 + apart, 0.05), (0.85, 0.05)]],
+        9: [arc(0.42, 0.3, 0.22, 0.25, 0, 360), [(0.64 + apart, 0.05), (0.64 + apart, 0.95)]]
+    }[digit]
+
+
+def drawn(digit, pen=14, size=160, page=(200, 200), place=(20, 20), shades=(255, 0), gap=None):
     """A digit drawn by a round pen, as a Pillow image of grey levels.
 
     Args:
@@ -105,10 +129,12 @@ def drawn(digit, pen=14, size=160, page=(200, 200), place=(20, 20), shades=(255,
         page: the page's width and height.
         place: the left and the top of the digit's square.
         shades: the paper's grey level and the ink's.
+        gap: draws `two_strokes`, with so much paper between them, as a share of the pen's width.
     """
+    strokes = STROKES[digit] if gap is None else two_strokes(digit, (1 + gap) * pen / (size - pen))
     image = Image.new('L', [4 * side for side in page], shades[0])  # four times: for smooth edges
     draw, radius = ImageDraw.Draw(image), 2 * pen
-    for stroke in STROKES[digit]:
+    for stroke in strokes:
         points = [tuple(4 * (start + pen / 2 + (size - pen) * share)
                         for start, share in zip(place, point)) for point in stroke]
         draw.line(points, shades[1], round(4 * pen))

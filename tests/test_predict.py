@@ -11,10 +11,9 @@ import sys
 import tempfile
 import zlib
 
-import forked
 import numpy as np
 import pytest
-from conftest import DATA, ENVIRONMENT, ROOT, own_lines, python
+from conftest import DATA, ENVIRONMENT, ROOT, own_lines, python, start
 from photographs import Camera, drawn
 from PIL import Image
 from scipy import ndimage
@@ -71,6 +70,10 @@ def folder(tmp_path_factory):
     (folder / 'empty').write_bytes(b'')
     (folder / 'text').write_text('This is a digit: 7')
     (folder / 'photo.heic').write_bytes(b'\0\0\0\x18ftypheic' + bytes(100))
+    seven.save(folder / 'damaged.tif', compression='tiff_lzw')
+    body = bytearray((folder / 'damaged.tif').read_bytes())
+    body[100:200] = bytes(100)  # its pixels come first
+    (folder / 'damaged.tif').write_bytes(body)
     (folder / 'drawing.svg').write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     (folder / 'bomb.png').write_bytes(png_file(60000, 60000, zlib.compress(bytes(1000))))
     (folder / 'large.png').write_bytes(png_file(10000, 6000, zlib.compress(bytes(1000))))
@@ -108,8 +111,8 @@ def png_file(width, height, data, depth=8, color=0):
 
 def test_mnists_own_digits_stay_what_they_are(network):
     images = [pictures.normalise(np.round(image * 255).astype(np.uint8).reshape(28, 28))
-              for image in TEST.images]
-    assert (network(images) == network(TEST.images)).mean() >= 0.995
+              for image in TEST.images[:2000]]
+    assert (network(images) == network(TEST.images[:2000])).mean() >= 0.995
     # Most of them are recognised as MNIST's, and stay the same, but for their largest value.
     assert np.mean([np.allclose(image, own, atol=0.05)
                     for image, own in zip(images, TEST.images)]) > 0.95
@@ -117,7 +120,7 @@ def test_mnists_own_digits_stay_what_they_are(network):
 
 def test_pasted_digits_are_read_as_the_digits_themselves(network, camera):
     random = np.random.RandomState(0)
-    numbers = random.permutation(10000)[:300]
+    numbers = random.permutation(10000)[:200]
     images = []
     for number in numbers:
         size = int(np.exp(random.uniform(np.log(28), np.log(1000))))
@@ -146,6 +149,9 @@ def test_the_result_is_light_on_dark_20_high_and_centred(size, light_ink, camera
     lambda page: np.concatenate([page, np.full_like(page, 255)], axis=2),
     lambda page: np.concatenate([page // 9 * 0, 255 - page], axis=2),  # its ink is its opacity
     lambda page: np.concatenate([page.repeat(3, axis=2) // 9 * 0, 255 - page], axis=2),
+    lambda page: np.concatenate([page // 9 * 0 + 255, 255 - page], axis=2),  # and white
+    lambda page: np.concatenate([page.repeat(3, axis=2) // 9 * 0 + 255, 255 - page], axis=2),
+    lambda page: np.dstack([page, 255 * np.uint8(np.hypot(*np.mgrid[-90:90, -75:75]) < 110)]),
     lambda page: np.pad(page, [(900, 0), (0, 700), (0, 0)], constant_values=255)])
 def test_shade_colour_and_place_do_not_matter(change):
     expected = pictures.normalise(drawing(7))
@@ -194,10 +200,16 @@ def test_a_piece_that_stands_apart_stays_and_specks_go():
     assert pictures.normalise(page) == pytest.approx(clean, abs=1e-3)
 
 
+def test_a_stroke_broken_into_dots_is_no_specks():
+    page = np.asarray(drawn(7)).copy()
+    page[60:][np.arange(140) % 9 > 2] = 255  # each a fiftieth of the bar
+    assert pictures.normalise(page).reshape(28, 28)[20:].max() > 0.3
+
+
 def test_the_edge_of_a_shadow_is_no_ink(network):
     y, x = np.mgrid[-1:1:400j, -1:1:400j]
     right = []
-    for number in range(40):
+    for number in range(20):
         page = 230 - 200 * np.pad(TEST.images[number].reshape(28, 28).repeat(9, 0).repeat(9, 1),
                                   [(70, 78), (100, 48)])
         shadow = 1 - 0.4 / (1 + np.exp((0.2 - x - y) / 0.05))
@@ -207,9 +219,11 @@ def test_the_edge_of_a_shadow_is_no_ink(network):
 
 
 @pytest.mark.parametrize('picture, message', [
-    (np.zeros([1, 1], np.uint8), 'one brightness all over'),
-    (np.zeros([100, 80], np.uint8), 'no ink or nothing but ink'),
-    (np.full([100, 80, 3], 255, np.uint8), 'no ink or nothing but ink'),
+    (np.zeros([1, 1], np.uint8), 'nothing on it stands out'),
+    (np.zeros([100, 80], np.uint8), 'nothing on it stands out'),
+    (np.full([100, 80, 3], 255, np.uint8), 'nothing on it stands out'),
+    (np.zeros([100, 80, 4], np.uint8), 'nothing on it stands out'),
+    (255 - 200 * np.uint8(np.hypot(*np.mgrid[-50:50, -40:40]) < 20), 'a blot, not the strokes'),
     (np.zeros([0, 5], np.uint8), r'uint8 \[0, 5\], expected uint8'),
     (np.zeros([5, 5]), r'float64 \[5, 5\], expected uint8'),
     (np.zeros([5], np.uint8), r'uint8 \[5\], expected uint8'),
@@ -288,8 +302,8 @@ def test_two_shades_are_enough(side, network):
     assert right >= directly - 0.05  # of a network that has trained for 200 steps
 
 
-@pytest.mark.parametrize('pen', [1, 2, 4, 8, 14, 20, 28, 36, 48])
-def test_pens_of_1_to_48_of_200_pixels_make_strokes_like_mnists(pen):
+@pytest.mark.parametrize('pen', [1, 2, 4, 8, 14, 20, 28, 40])
+def test_pens_of_1_to_40_of_200_pixels_make_strokes_like_mnists(pen):
     holes = {0: 1, 6: 1, 8: 2, 9: 1}
     for digit in range(10):
         image = pictures.normalise(drawn(digit, pen)).reshape(28, 28)
@@ -303,8 +317,8 @@ def test_pens_of_1_to_48_of_200_pixels_make_strokes_like_mnists(pen):
 
 @pytest.mark.parametrize('digit', range(10))
 def test_faint_ink_on_clean_paper_is_read(digit):
-    assert same(drawn(digit, shades=(255, 243)), drawn(digit))
-    assert same(drawn(digit, shades=(12, 0)), drawn(digit))
+    assert same(drawn(digit, shades=(255, 250)), drawn(digit))
+    assert same(drawn(digit, shades=(5, 0)), drawn(digit))
 
 
 @pytest.mark.parametrize('digit', range(10))
@@ -331,6 +345,9 @@ def test_what_surrounds_the_digit_is_not_the_digit(digit):
     frame = np.asarray(page).copy()
     frame[10:190, 10:190][[0, 1, 2, -3, -2, -1]] = frame[10:190, 10:190][:, [0, 1, -2, -1]] = 0
     assert same(frame, page)
+    cell = np.asarray(page).copy()  # of a form, cut out with the next one's line
+    cell[8:14] = cell[186:192] = cell[:, 6:12] = cell[:, 188:194] = 40
+    assert same(cell, page) and same(cell[14:], page)
     panel = np.full([280, 320], 255, np.uint8)
     panel[40:240, 60:260] = 225 - np.asarray(page) // 255 * 195
     assert same(panel, page)
@@ -359,7 +376,59 @@ def test_several_digits_are_refused(digits, pen, size):
             pictures.normalise(page)
 
 
-@pytest.mark.parametrize('seed', range(40))
+def test_digits_of_two_strokes_are_read(network, camera):
+    found, right = [], 0
+    for digit in (0, 4, 5, 9):
+        for pen in (12, 16, 21, 26):
+            for gap in (0.15, 0.4, 0.65, 0.9):
+                page = drawn(digit, pen, 220, (280, 280), (30, 30), gap=gap)
+                if len(found) % 2:
+                    page = camera.as_jpeg(camera.on_paper(1 - np.float32(page) / 255))
+                try:
+                    found.append(network([pictures.normalise(page)])[0])
+                except ValueError:
+                    found.append(None)
+                right += found[-1] == digit
+    assert 64 - found.count(None) >= 55
+    assert right >= 48  # by a network that has trained for 200 steps
+
+
+def test_two_digits_are_not_one_of_two_strokes(camera):
+    random = np.random.RandomState(0)
+    refused = 0
+    for number in range(40):
+        ink = np.zeros([36, 70], np.float32)
+        left = 4
+        for image in TEST.images[random.randint(0, 10000, 2)].reshape(2, 28, 28):
+            image = image[:, image.any(0)]
+            ink[4:32, left:left + image.shape[1]] = image
+            left += image.shape[1] + random.randint(5, 11)  # of MNIST's pixels
+        scale = random.randint(2, 9)
+        ink = np.clip(Image.fromarray(ink).resize((70 * scale, 36 * scale), Image.BICUBIC), 0, 1)
+        page = (camera.as_jpeg(camera.on_paper(ink)) if number % 2
+                else np.round(255 - 255 * ink).astype(np.uint8))
+        try:
+            pictures.normalise(page)
+        except pictures.SeveralDigits:
+            refused += 1
+    assert refused >= 34
+
+
+def test_of_several_digits_there_is_an_image_of_all(network):
+    page = np.asarray(drawn(0, 14, 200, (280, 280), (40, 40), gap=2))  # two arcs, far apart
+    with pytest.raises(pictures.SeveralDigits, match='2 digits side by side') as refused:
+        pictures.normalise(page)
+    image = refused.value.image
+    assert image.dtype == np.float32 and image.shape == (784,)
+    assert image.min() == 0 and image.max() == 1
+    near = pictures.normalise(drawn(0, 14, 200, (280, 280), (40, 40), gap=0.9))
+    assert ndimage.label(image.reshape(28, 28) > 0.5)[1] == 2
+    assert network([image])[0] == network([near])[0] == 0
+    with pytest.raises(pictures.SeveralDigits):  # in a frame, too
+        pictures.normalise(np.pad(np.pad(page, 20, constant_values=255), 5))
+
+
+@pytest.mark.parametrize('seed', range(10))
 def test_place_size_shades_and_depth_change_little(seed):
     random = np.random.RandomState(seed)
     digit, pen = random.randint(10), random.randint(6, 30)
@@ -395,6 +464,16 @@ def test_a_second_guess_is_told_below_90_percent(probabilities, text):
     assert predict.answer(np.array(probabilities)) == text
 
 
+def test_pictures_may_stand_around_the_flags_and_as_a_pattern(folder, model, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (folder / '[1].png').write_bytes((folder / 'seven.png').read_bytes())
+    assert predict.main(['seven.jpg', '--model_dir', str(model), 'seven.*f', '[1].png', 'x*']) == 1
+    output, errors = capsys.readouterr()
+    assert [line.split(': 7')[0] for line in output.splitlines()] == [
+        'seven.jpg', 'seven.tif', '[1].png']
+    assert errors == 'x*: No such file or directory\n'
+
+
 def test_a_picture_comes_from_standard_input(folder, model, monkeypatch, capsys):
     with open(folder / 'seven.png') as f:
         monkeypatch.setattr(sys, 'stdin', f)
@@ -407,22 +486,21 @@ BAD = {
     'missing.png': 'No such file or directory',
     **dict.fromkeys(['folder', 'pipe', '/dev/zero'], 'a folder, a pipe or a device, expected a'),
     'empty': '0 bytes, expected 1 to', 'text': "begins with b'This is a di', expected PNG, JPEG",
-    'photo.heic': SAVE, 'drawing.svg': SAVE,
+    'photo.heic': 'it is HEIC, as iPhones save photographs, expected', 'drawing.svg': SAVE,
+    'damaged.tif': UNPACKED,
     **{f'cut {name}': UNPACKED for name in ('seven.png', 'seven.jpg', 'seven.webp', 'seven.tif',
                                             'seven, one.gif')},
     **{f'header {name}': SAVE for name in ('seven.png', 'seven.jpg', 'seven.tif',
                                            'seven, one.gif')},
     'large.png': 'it has 10,000 x 6,000 pixels, expected at most 50,000,000',
     'bomb.png': 'exceeds limit', 'bomb.gif': 'exceeds limit',
-    **dict.fromkeys(['pixel.png', 'white.png', 'black.png', 'long.png'], 'no ink or nothing but'),
-    'noise.png': 'stands out'}
+    **dict.fromkeys(['pixel.png', 'white.png', 'black.png', 'long.png', 'noise.png'], 'stands out')}
 
 
-def test_each_bad_picture_is_one_line_and_the_others_are_read(folder, model):
-    process = forked.start('-m', 'extras.predict', 'seven.png', *BAD, 'seven.jpg',
-                           '--model_dir', model, cwd=folder)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+def test_each_bad_picture_is_one_line_and_the_others_are_read(folder, model, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    assert predict.main(['seven.png', *BAD, 'seven.jpg', '--model_dir', str(model)]) == 1
+    output, errors = capfd.readouterr()  # what libraries print by themselves, too
     assert [line.split(' (')[0] for line in output.splitlines()] == [
         'seven.png: 7', 'seven.jpg: 7']
     lines = own_lines(errors).splitlines()
@@ -500,7 +578,7 @@ def test_show_writes_what_the_network_saw_and_replaces_nothing(folder, model, tm
     seen = tmp_path / 'new' / 'seen'
     for _ in range(2):
         predict.main(['seven.png', 'seven.jpg', 'text', '--model_dir', str(model),
-                            '--show', str(seen)])
+                      '--show', str(seen)])
         assert capsys.readouterr().out.count('\n') == 2
     names = sorted(path.name for path in seen.iterdir())
     assert names == ['seven-2.png', 'seven-3.png', 'seven-4.png', 'seven.png']
@@ -508,6 +586,22 @@ def test_show_writes_what_the_network_saw_and_replaces_nothing(folder, model, tm
     assert pixels.shape == (280, 280)
     image = pictures.normalise(drawing(7)).reshape(28, 28)
     assert pixels[::10, ::10] == pytest.approx(image * 255, abs=1)
+
+
+def test_show_writes_what_is_refused(folder, model, tmp_path, capsys):
+    two = tmp_path / 'two.png'
+    Image.fromarray(np.hstack([drawn(1), drawn(0)])).save(two)
+    files = [two, *(folder / f'{name}.png' for name in ('noise', 'large', 'long'))]
+    predict.main([*map(str, files), '--model_dir', str(model), '--show', str(tmp_path / 'seen')])
+    assert capsys.readouterr().err.count('\n') == 4
+    pages = {path.stem: Image.open(path) for path in (tmp_path / 'seen').iterdir()}
+    assert sorted(pages) == ['long', 'noise', 'two']  # and large.png was never unpacked
+    with pytest.raises(pictures.SeveralDigits) as refused:
+        pictures.normalise(two)
+    assert np.asarray(pages['two'])[::10, ::10] == pytest.approx(
+        refused.value.image.reshape(28, 28) * 255, abs=1)
+    assert np.array_equal(pages['noise'], Image.open(folder / 'noise.png'))
+    assert pages['long'].size == (1, 280)
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -545,8 +639,8 @@ def test_without_pillow_or_scipy_the_last_line_says_what_to_run(package, part, m
 
 
 def test_ctrl_c_is_one_line(folder, model):
-    process = forked.start('-m', 'extras.predict', *['seven.png'] * 5000, '--model_dir', model,
-                           cwd=folder)
+    process = start('-m', 'extras.predict', *['seven.png'] * 5000, '--model_dir', model, cwd=folder,
+                    env={**ENVIRONMENT, 'PYTHONPATH': str(ROOT)})
     assert process.stdout.readline().startswith('seven.png: 7')
     process.send_signal(signal.SIGINT)
     assert own_lines(process.communicate()[1]) == 'stopped\n'
@@ -577,5 +671,5 @@ def test_help_tells_how_to_use_it(capsys):
         predict.main(['--help'])
     output = capsys.readouterr().out
     for text in ('sh setup.sh extras', 'python mnist_deep.py --model_dir model',
-                 '--model_dir', '--show', 'PNG', '90%'):
+                 '--model_dir', '--show', 'PNG', 'below 90%.'):
         assert text in output
