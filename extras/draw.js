@@ -96,7 +96,11 @@ async function ask(picture) {  // the paper, a file, or null: nothing more
 async function send(path, options) {
   const answer = await fetch(path, options).then(
     response => response.json().catch(() => ({message: response.statusText})),
-    () => ({message: 'No answer: does extras.draw still run?'}));
+    () => {
+      state = null;  // there is nothing to wait for
+      training.textContent = '';
+      return {message: 'no answer: does extras.draw still run?'};
+    });
   const now = answer.state ?? (answer.steps ? answer : null);
   if (now) showState(now);
   return answer;
@@ -107,8 +111,7 @@ let timer = null;
 
 async function poll() {
   timer = null;
-  const answer = drawing ? await ask(drawing) : await send('state');
-  if (answer?.message && !answer.steps) message.textContent = answer.message;
+  await (found.deep ? ask(drawing) : send('state'));
   if (state?.training) timer ??= setTimeout(poll, 500);
 }
 
@@ -146,7 +149,6 @@ function showState(now) {
 // Showing what the networks say.
 function show(answer) {
   found = answer;
-  message.textContent = found.message ?? '';
   answers.classList.toggle('unsure', Boolean(found.message));
   const [deep, softmax] = Object.keys(MODELS).map(model => {
     const shares = found[model], winner = shares?.indexOf(Math.max(...shares)) ?? '';
@@ -163,6 +165,10 @@ function show(answer) {
   sign.textContent = deep === '' ? '' : deep === softmax ? '=' : '≠';
   sign.title = deep === '' ? '' : deep === softmax ? 'they agree' : 'they differ';
   answers.classList.toggle('differ', deep !== softmax);
+  message.textContent = found.message ?? (
+    deep === '' ? 'Both answer as soon as there is ink on the paper.'
+    : deep === softmax ? 'They agree.'
+    : 'They differ: one weighs pixels, one finds parts. See below.');
   paint(image, found.image ?? blank(28), colours.text);
   for (const [tensor, count, side] of LAYERS.slice(1)) {
     paintTiles(tensor, found.layers?.[tensor] ?? Array(count).fill(blank(side)), colours.deep);
