@@ -5,13 +5,17 @@ weights.png: what softmax regression learns for each class, 0 to 9: blue speaks 
 digit.png: one test digit as a scanner would give it, dark on white, larger: a digit to read.
 photographs.png: three photographs of digits and three drawings, and below each what the network
     sees of it.
-drawing.png: the page of extras.draw with a 6 that softmax regression takes for a 5; only with
-    --model_dir, a trained network, and if there is a Chromium (Debian's packages chromium and
-    chromium-driver).
+drawing.png: the page of extras.draw with a 6, leaning, that softmax regression takes for a 5.
+learning.gif: the page in the first minute of a training, while a 3 lies on its paper.
+    These two are made only with --model_dir, a trained network, and if there is a Chromium
+    (Debian's packages chromium and chromium-driver).
 """
 
 import argparse
+import contextlib
+import io
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,7 +33,9 @@ from tests import browser, photographs
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-DRAWING_SIZE = 1080, 755  # pixels of drawing.png: wide enough for the page's three columns
+DRAWING_SIZE = 1080, 1060  # pixels of drawing.png: wide enough for the page's three columns
+LEARNING_SIZE = 1080, 680  # of learning.gif
+LEARNING_STEPS = 0, 5, 10, 20, 30, 40, 50, 75, 100, 150, 200, 250, 300, 400, 500  # its pictures'
 
 tf = mnist_softmax.tf
 
@@ -79,39 +85,69 @@ def photographs_and_what_is_seen(mnist):
     return np.asarray(sheet)[..., np.newaxis] / 255
 
 
-def drawing(model_dir, path):
-    """Saves what a Chromium shows of extras.draw's page when a 6 is drawn."""
+@contextlib.contextmanager
+def drawing_page(model_dir, size):
+    """A Chromium of that size, which has the page of extras.draw open."""
     server = subprocess.Popen([sys.executable, '-m', 'extras.draw', '--model_dir', model_dir,
-                               '--no_browser', '--port', '0'], cwd=ROOT, stdout=subprocess.PIPE,
-                              text=True)
+                               '--seed', '0', '--no_browser', '--port', '0'], cwd=ROOT,
+                              stdout=subprocess.PIPE, text=True)
     with server, tempfile.TemporaryDirectory() as profile:
         chromium = browser.start_chromium(profile)
         try:
-            width, height = DRAWING_SIZE
             chromium.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', {
-                'width': width, 'height': height, 'deviceScaleFactor': 1, 'mobile': False})
+                'width': size[0], 'height': size[1], 'deviceScaleFactor': 1, 'mobile': False})
             chromium.get(server.stdout.readline())
-            paper = chromium.find_element('id', 'paper')
-            side = paper.size['width']
-            pen = ActionChains(chromium, duration=0)
-            for stroke in photographs.STROKES[6]:  # aslant, as one writes
-                places = [(round(0.62 * side * (x - 0.5 + 0.5 * (0.5 - y))),
-                           round(0.75 * side * (y - 0.5))) for x, y in stroke]
-                pen.move_to_element_with_offset(paper, *places[0]).click_and_hold()
-                for place in places[1:]:
-                    pen.move_to_element_with_offset(paper, *place)
-                pen.release()
-            pen.perform()
-            while chromium.execute_script('return asking || next'):
-                time.sleep(0.1)
-            chromium.save_screenshot(str(path))
+            yield chromium
         finally:
             chromium.quit()
             server.terminate()
 
 
+def write(chromium, digit, lean):
+    """Writes a digit onto the page's paper; `lean` is by how much of its height, to the right."""
+    paper = chromium.find_element('id', 'paper')
+    side = paper.size['width']
+    pen = ActionChains(chromium, duration=0)
+    for stroke in photographs.STROKES[digit]:
+        places = [(round(0.62 * side * (x - 0.5 + lean * (0.5 - y))),
+                   round(0.75 * side * (y - 0.5))) for x, y in stroke]
+        pen.move_to_element_with_offset(paper, *places[0]).click_and_hold()
+        for place in places[1:]:
+            pen.move_to_element_with_offset(paper, *place)
+        pen.release()
+    pen.perform()
+
+
+def drawing(model_dir, path):
+    """Saves what a Chromium shows of extras.draw's page when a 6 is drawn."""
+    with drawing_page(model_dir, DRAWING_SIZE) as chromium:
+        write(chromium, 6, lean=0.6)
+        while chromium.execute_script('return asking || next'):
+            time.sleep(0.1)
+        time.sleep(1)  # until the bars have come to rest
+        chromium.save_screenshot(str(path))
+
+
+def learning(path):
+    """Saves how the page changes while the networks learn, as an animated GIF."""
+    with tempfile.TemporaryDirectory() as empty, drawing_page(empty, LEARNING_SIZE) as chromium:
+        write(chromium, 3, lean=0.2)
+        frames = []
+        while len(frames) < len(LEARNING_STEPS):
+            line = chromium.find_element('id', 'training').text
+            step = re.search(r'step ([\d,]+)', line)
+            if step and int(step[1].replace(',', '')) >= LEARNING_STEPS[len(frames)]:
+                shot = io.BytesIO(chromium.get_screenshot_as_png())
+                frames.append(Image.open(shot).convert('RGB'))
+            time.sleep(0.1)
+    palette = Image.fromarray(np.concatenate([frames[0], frames[-1]])).quantize(64)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, optimize=True,
+                   duration=[700] * (len(frames) - 1) + [4000])
+
+
 def main(folder=ROOT / 'docs', model_dir=None):
-    """Writes the pictures into the folder; drawing.png with the network in model_dir."""
+    """Writes the pictures into the folder; those of the page with the network in model_dir."""
     mnist = input_data.read_data_sets(ROOT / 'MNIST_data', one_hot=True, seed=0)
     digits = 1 - mnist.train.next_batch(48, shuffle=False)[0].reshape(48, 28, 28, 1)
 
@@ -131,6 +167,7 @@ def main(folder=ROOT / 'docs', model_dir=None):
             (pathlib.Path(folder) / f'{name}.png').write_bytes(png)
     if model_dir and browser.CHROMIUM and browser.DRIVER:
         drawing(model_dir, pathlib.Path(folder) / 'drawing.png')
+        learning(pathlib.Path(folder) / 'learning.gif')
 
 
 if __name__ == '__main__':

@@ -99,7 +99,8 @@ async function send(path, options) {
     () => {
       state = null;  // there is nothing to wait for
       training.textContent = '';
-      return {message: 'no answer: does extras.draw still run?'};
+      message.textContent = 'no answer: does extras.draw still run?';
+      return {message: message.textContent};
     });
   const now = answer.state ?? (answer.steps ? answer : null);
   if (now) showState(now);
@@ -212,7 +213,9 @@ function enlarge(tile) {
   filter.getContext('2d').drawImage(document.getElementById(FILTERS).children[number % 32], 0, 0);
 }
 
-layers.onpointerover = ({target}) => { if (target.role === 'img') enlarge(target); };
+layers.onpointermove = ({target}) => {  // not when the page is scrolled below a pointer at rest
+  if (target.role === 'img' && target !== chosen) enlarge(target);
+};
 layers.addEventListener('focusin', ({target}) => {
   target.parentNode.querySelector('[tabindex="0"]').tabIndex = -1;
   target.tabIndex = 0;

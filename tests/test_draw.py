@@ -13,13 +13,12 @@ import sys
 import threading
 import time
 
-import forked
 import numpy as np
 import psutil
 import pytest
 from browser import CHROMIUM, DRIVER, draw, start_chromium
 from conftest import DATA, ENVIRONMENT, ROOT, own_lines, start
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import input_data
 import mnist_deep
@@ -38,11 +37,27 @@ def png(image):
     return file.getvalue()
 
 
+def serve(folder, **options):
+    """Starts extras.draw with a model folder; its attribute `address` is the page's."""
+    running = start('-m', 'extras.draw', '--model_dir', folder, '--port', 0, '--no_browser',
+                    **options)
+    running.address = running.stdout.readline().strip()
+    return running
+
+
 @pytest.fixture(scope='module')
 def process(trained):
-    """mnist_draw.py with a network of a few hundred steps, and its address."""
-    running = start('-m', 'extras.draw', '--model_dir', trained[0], '--port', 0, '--no_browser')
-    running.address = running.stdout.readline().strip()
+    """extras.draw with a network of a few hundred steps."""
+    running = serve(trained[0])
+    yield running
+    running.kill()
+    running.communicate()
+
+
+@pytest.fixture
+def learner(tmp_path):
+    """extras.draw without a trained network."""
+    running = serve(tmp_path / 'none')
     yield running
     running.kill()
     running.communicate()
@@ -51,12 +66,19 @@ def process(trained):
 @pytest.fixture
 def ask(process):
     """Sends a request; the status, the headers and the body of the answer."""
-    def ask(method, path, body=None, **headers):
-        connection = http.client.HTTPConnection('127.0.0.1', port(process), timeout=60)
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        return response.status, response.headers, response.read()
-    return ask
+    return functools.partial(request, process)
+
+
+def request(process, method, path, body=None, **headers):
+    connection = http.client.HTTPConnection('127.0.0.1', port(process), timeout=60)
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    return response.status, response.headers, response.read()
+
+
+def state(process):
+    """How far the process's training is."""
+    return json.loads(request(process, 'GET', '/state')[2])
 
 
 def port(process):
@@ -69,21 +91,58 @@ def test_a_drawing_is_read_by_both_networks_and_the_layers_are_told(ask):
     drawing = png(TEST.images[FIRST[7]])
     status, _, body = ask('POST', '/read', drawing)
     answer = json.loads(body)
-    assert status == 200 and answer['digit'] == 7
+    assert status == 200 and 'message' not in answer
     for model in ('deep', 'softmax'):
         assert np.argmax(answer[model]) == 7
         assert sum(answer[model]) == pytest.approx(1, abs=1e-4)
-    seen = pictures.normalise(pictures.open_picture(io.BytesIO(drawing)))
-    assert (np.array(answer['image']) == np.round(seen.reshape(28, 28) * 255)).all()
+    seen = pictures.normalise(pictures.open_picture(io.BytesIO(drawing))).reshape(28, 28)
+    assert (np.array(answer['image']) == np.round(seen * 255)).all()
     layers = {name: np.array(features) for name, features in answer['layers'].items()}
     assert {name: features.shape for name, features in layers.items()} == {
         'conv1/Relu:0': (32, 28, 28), 'pool1/MaxPool:0': (32, 14, 14),
         'conv2/Relu:0': (64, 14, 14), 'pool2/MaxPool:0': (64, 7, 7)}
     conv1, pool1, conv2, pool2 = layers.values()
     for layer, pooled in ((conv1, pool1), (conv2, pool2)):
-        assert layer.max() == 255
+        assert set(layer.max((1, 2))) <= {0, 255}  # each feature is on a scale of its own
         blocks = layer.reshape(len(layer), pooled.shape[1], 2, pooled.shape[2], 2)
         assert (blocks.max((2, 4)) == pooled).all()
+    filters = np.array(answer['state']['filters'])
+    assert filters.shape == (32, 5, 5) and (np.abs(filters).max((1, 2)) == 255).all()
+
+
+def test_the_evidence_of_softmax_regression_is_where_the_ink_is(ask):
+    answer = json.loads(ask('POST', '/read', png(TEST.images[FIRST[7]]))[2])
+    evidence, ink = np.array(answer['evidence']), np.array(answer['image']) > 0
+    assert evidence.shape == (10, 28, 28) and not evidence[:, ~ink].any()
+    assert np.mean(evidence[:, ink] != 0) > 0.9 and evidence.min() < 0 < evidence.max()
+    exponentials = np.exp(answer['sums'])
+    assert answer['softmax'] == pytest.approx(exponentials / exponentials.sum(), abs=1e-4)
+
+
+def test_a_dot_and_a_scribble_are_answered_with_a_doubt_and_digits_without(ask):
+    scribble, dot = (Image.new('L', (280, 280), 255) for _ in range(2))
+    ImageDraw.Draw(scribble).line(
+        [(50 + 15 * i, 60 if i % 2 else 220) for i in range(13)], 0, 20, joint='curve')
+    ImageDraw.Draw(dot).ellipse((130, 130, 150, 150), 0)
+    for picture in (scribble, dot):
+        file = io.BytesIO()
+        picture.save(file, 'PNG')
+        status, _, body = ask('POST', '/read', file.getvalue())
+        answer = json.loads(body)
+        assert status == 200 and len(answer['deep']) == 10
+        assert answer['message'].startswith('not sure that it is a digit')
+    marked = sum(map(drawing_page.is_unlike_mnist, TEST.images))
+    assert marked <= 0.001 * TEST.num_examples
+
+
+def test_what_may_be_two_digits_is_answered_with_that_remark(ask):
+    both = np.concatenate([TEST.images[FIRST[digit]].reshape(28, 28) for digit in (4, 2)], axis=1)
+    file = io.BytesIO()
+    Image.fromarray(np.uint8(255 - 255 * both)).resize((560, 280), Image.BICUBIC).save(file, 'PNG')
+    status, _, body = ask('POST', '/read', file.getvalue())
+    answer = json.loads(body)
+    assert status == 200 and 'digits' in answer['message']
+    assert len(answer['deep']) == 10 and np.any(answer['image'])
 
 
 def test_twenty_clients_at_once_get_the_answers_that_one_gets(ask):
@@ -92,27 +151,85 @@ def test_twenty_clients_at_once_get_the_answers_that_one_gets(ask):
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         together = list(pool.map(lambda drawing: ask('POST', '/read', drawing)[2], drawings))
     for one, other in zip(map(json.loads, alone), map(json.loads, together)):
-        assert one['digit'] == other['digit'] and one['image'] == other['image']
+        assert one['image'] == other['image'] and one['layers'] == other['layers']
         assert one['deep'] == pytest.approx(other['deep'], abs=1e-4)
-    digits = [json.loads(body)['digit'] for body in alone]
+    digits = [np.argmax(json.loads(body)['deep']) for body in alone]
     assert np.mean(np.equal(digits, [*range(10)] * 2)) >= 0.8
+
+
+# Learning
+
+def test_without_a_trained_network_one_learns_while_it_answers(learner, tmp_path):
+    drawing, steps, shares = png(TEST.images[FIRST[7]]), [], []
+    while not steps or steps[-1] < 110:
+        assert learner.poll() is None
+        time.sleep(0.5)  # as the page does
+        answer = json.loads(request(learner, 'POST', '/read', drawing)[2])
+        steps.append(answer['state']['step'])
+        shares.append(answer['deep'][7])
+    now = state(learner)
+    assert now['training'] and not now['finished'] and not now['trained']
+    assert steps == sorted(steps) and now['steps'] == 20000
+    assert len(now['accuracies']) in (now['step'] // 50, 1 + now['step'] // 50)
+    begin, end = now['accuracies'][0], now['accuracies'][-1]
+    assert begin[0] < 0.5 < end[0] and 0.8 < end[1]
+    assert shares[-1] > shares[0]
+    assert len(json.dumps(now)) < 5000
+
+    for path in ('/learn', '/back'):  # there is nothing to begin, nor to go back to
+        assert json.loads(request(learner, 'POST', path)[2])['step'] >= now['step']
+    learner.send_signal(signal.SIGTERM)
+    output, errors = learner.communicate(timeout=60)
+    assert (learner.returncode, output) == (143, '')
+    said = own_lines(errors).splitlines()
+    assert said[0] == 'starting TensorFlow ...' and said[-1] == 'stopped'
+    assert f'python mnist_deep.py --model_dir {tmp_path}/none' in said[-2]
+    assert not (tmp_path / 'none').exists()
+
+
+def test_all_pages_share_a_training_from_scratch_and_the_way_back(process, ask):
+    drawing = png(TEST.images[FIRST[2]])
+    before = json.loads(ask('POST', '/read', drawing)[2])
+    assert before['state']['finished'] and not before['state']['training']
+    began = json.loads(ask('POST', '/learn')[2])
+    assert began['training'] and began['trained'] and not began['finished']
+    until(lambda: state(process)['step'] > 5)
+    assert json.loads(ask('POST', '/learn')[2])['step'] > 5  # another page's click: the same one
+    assert json.loads(ask('POST', '/read', drawing)[2])['deep'] != before['deep']
+    assert json.loads(ask('POST', '/back')[2])['finished']
+    assert json.loads(ask('POST', '/read', drawing)[2]) == before
+
+
+def test_the_training_ends_by_itself(monkeypatch):
+    monkeypatch.setattr(drawing_page, 'STEPS', 60)
+    mnist = input_data.read_data_sets(DATA, one_hot=True, seed=1)
+    networks = drawing_page.Networks(mnist, seed=1)
+    networks.thread.start()
+    networks.thread.join()
+    now = networks.state()
+    assert now['step'] == now['steps'] == 60 and not now['training']
+    assert len(now['accuracies']) == 3  # before the first step and the 51st, and at the end
 
 
 # The server
 
-def test_it_serves_the_page_and_no_other_file(ask):
-    status, headers, body = ask('GET', '/')
-    assert (status, body) == (200, (ROOT / 'extras' / 'draw.html').read_bytes())
-    assert headers['Content-Type'] == 'text/html; charset=utf-8'
-    policy = headers['Content-Security-Policy']
-    assert "default-src 'none'" in policy and 'unsafe' not in policy
-    for path in ('/draw.html', '/extras/draw.py', '/read', '/../input_data.py', '/?x'):
+def test_it_serves_the_pages_files_and_no_others(ask):
+    for path, name, kind in (('/', 'draw.html', 'text/html'), ('/draw.css', 'draw.css', 'text/css'),
+                             ('/draw.js', 'draw.js', 'text/javascript')):
+        status, headers, body = ask('GET', path)
+        assert (status, body) == (200, (ROOT / 'extras' / name).read_bytes())
+        assert headers['Content-Type'] == f'{kind}; charset=utf-8'
+        policy = headers['Content-Security-Policy']
+        assert "default-src 'none'" in policy and 'unsafe' not in policy and '*' not in policy
+        assert headers['X-Content-Type-Options'] == 'nosniff'
+    for path in ('/draw.html', '/draw.py', '/extras/draw.py', '/read', '/../input_data.py', '/?x'):
         assert ask('GET', path)[0] == 404, path
 
 
 def test_the_page_takes_nothing_from_elsewhere():
-    page = (ROOT / 'extras' / 'draw.html').read_text()
-    assert not re.search(r'(src|href|url|import)\W{1,3}(https?:)?//', page)
+    for name in ('draw.html', 'draw.css', 'draw.js'):
+        page = (ROOT / 'extras' / name).read_text()
+        assert not re.search(r'(src|href|url|import|fetch)\W{1,3}(https?:)?//', page)
 
 
 @pytest.mark.parametrize('host, origin, status', [
@@ -122,13 +239,17 @@ def test_the_page_takes_nothing_from_elsewhere():
     ('127.0.0.1', None, 403), ('127.0.0.1:1', None, 403), ('example.org:PORT', None, 403),
     ('127.0.0.1:PORT', 'http://example.org', 403), ('127.0.0.1:PORT', 'null', 403),
     ('127.0.0.1:PORT', 'https://127.0.0.1:PORT', 403)])
-@pytest.mark.parametrize('method, path', [('GET', '/'), ('POST', '/read')])
+@pytest.mark.parametrize('method, path', [('GET', '/'), ('GET', '/state'), ('POST', '/read'),
+                                          ('POST', '/back')])
 def test_only_its_own_page_may_ask(method, path, host, origin, status, process, ask):
     headers = {'Host': host.replace('PORT', str(port(process)))}
     if origin:
         headers['Origin'] = origin.replace('PORT', str(port(process)))
-    body = png(TEST.images[0]) if method == 'POST' else None
-    assert ask(method, path, body, **headers)[0] == status
+    body = png(TEST.images[0]) if path == '/read' else None
+    found, _, answer = ask(method, path, body, **headers)
+    assert found == status
+    if status == 403:  # as behind a forwarded port of another number
+        assert f'{process.address} alone' in answer.decode() and 'ssh -L' in answer.decode()
 
 
 def test_it_listens_on_this_machine_alone(process):
@@ -143,13 +264,15 @@ def test_what_is_no_question_gets_a_status_and_the_server_goes_on(ask, process):
     assert ask('POST', '/read', iter([b'x']))[0] == 411  # in chunks, without a length
     assert ask('POST', '/read', b'x', **{'Content-Length': '-1'})[0] == 411
     assert ask('POST', '/read', bytes(20_000_001))[0] == 413
+    assert ask('POST', '/read', b'x', **{'Content-Length': '9' * 5000})[0] == 413
     for broken in (b'', b'no picture', png(TEST.images[0])[:200]):
         status, _, body = ask('POST', '/read', broken)
-        assert status == 422 and json.loads(body).keys() == {'message'}, broken[:20]
+        assert status == 422 and 'deep' not in json.loads(body), broken[:20]
     empty = io.BytesIO()
     Image.new('L', (280, 280), 255).save(empty, 'PNG')
     status, _, body = ask('POST', '/read', empty.getvalue())
     assert status == 200 and 'no digit' in json.loads(body)['message']
+    assert 'deep' not in json.loads(body)
     with socket.create_connection(('127.0.0.1', port(process))) as gone:
         gone.sendall(b'POST /read HTTP/1.1\r\nContent-Le')
     with socket.create_connection(('127.0.0.1', port(process))) as nonsense:
@@ -175,16 +298,17 @@ def test_a_client_that_stops_in_the_middle_is_told_and_let_go(monkeypatch):
         server.shutdown()
 
 
-def test_a_port_that_is_taken_and_a_folder_without_a_network_are_one_line(
+def test_a_port_that_is_taken_and_a_damaged_network_are_one_line(
         process, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['draw.py'])  # the line begins with it
+    (tmp_path / 'mnist_deep.ckpt-7.index').write_bytes(b'no checkpoint')
     for flags, message in ((['--port', str(port(process))],
                             f'--port {port(process)}: Address already in use; name'),
-                           (['--port=0', '--model_dir', str(tmp_path)],
-                            'no checkpoint of a trained network there; train one with: ')):
+                           (['--port=0', '--model_dir', str(tmp_path)], str(tmp_path)),
+                           (['--port=0', '--model_dir='], 'the name is empty')):
         assert mnist_deep.run(functools.partial(drawing_page.main, ['--no_browser', *flags])) == 2
         output, errors = capsys.readouterr()
-        line, = errors.splitlines()
+        line = errors.splitlines()[-1]
         assert line.startswith('draw.py: error: --') and message in line and output == ''
 
 
@@ -199,7 +323,7 @@ def test_it_opens_the_browser_and_ctrl_c_ends_it_with_one_line(trained, tmp_path
     browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened.part\n'
                        f'mv {tmp_path}/opened.part {tmp_path}/opened\n')
     browser.chmod(0o755)
-    process = forked.start('-m', 'extras.draw', '--model_dir', trained[0], '--port=0',
+    process = start('-m', 'extras.draw', '--model_dir', trained[0], '--port=0',
                            env={**ENVIRONMENT, 'BROWSER': str(browser)})
     address = process.stdout.readline()
     while not (tmp_path / 'opened').exists():
@@ -208,7 +332,19 @@ def test_it_opens_the_browser_and_ctrl_c_ends_it_with_one_line(trained, tmp_path
     assert (tmp_path / 'opened').read_text() == address
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output, own_lines(errors)) == (130, '', 'stopped\n')
+    assert (process.returncode, output) == (130, '')
+    assert own_lines(errors).splitlines()[-1] == 'stopped'
+
+
+def test_without_a_display_no_browser_is_opened(monkeypatch):
+    monkeypatch.setattr(sys, 'platform', 'linux')
+    for name in ('DISPLAY', 'WAYLAND_DISPLAY', 'BROWSER'):
+        monkeypatch.delenv(name, raising=False)
+    assert not drawing_page.has_display()
+    for name in ('DISPLAY', 'WAYLAND_DISPLAY', 'BROWSER'):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, ':0')
+            assert drawing_page.has_display()
 
 
 # The page
@@ -242,12 +378,21 @@ def until(condition, value=True):
         time.sleep(0.01)
 
 
-def feature_pictures(page):
-    """(name, whether something is to be seen) of each feature's picture."""
+def wait_for_answer(page):
+    until(lambda: page.execute_script('return !asking && !next'))
+
+
+def set_width(page, width):
+    page.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', {
+        'width': width, 'height': 800, 'deviceScaleFactor': 1, 'mobile': width < 1000})
+
+
+def painted(page, tiles):
+    """(name, whether something is to be seen) of each canvas that a CSS selector finds."""
     return page.execute_script(
-        'return [...document.querySelectorAll("#layers canvas")].map(canvas => [canvas.ariaLabel,'
+        'return [...document.querySelectorAll(arguments[0])].map(canvas => [canvas.ariaLabel,'
         ' canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some('
-        '(value, i) => i % 4 < 3 && value > 0)])')
+        '(value, i) => i % 4 === 3 && value > 0)])', tiles)
 
 
 def test_drawn_digits_are_read_and_cleared(page, trained):
@@ -255,7 +400,7 @@ def test_drawn_digits_are_read_and_cleared(page, trained):
     for digit, number in enumerate(FIRST):
         assert text(page, 'answer') == ''
         draw(page, TEST.images[number])
-        until(lambda: page.execute_script('return !asking && !next'))
+        wait_for_answer(page)
         right += text(page, 'answer') == str(digit)
         if digit % 2:
             page.find_element('id', 'clear').click()
@@ -269,7 +414,7 @@ def test_a_stroke_that_comes_while_the_paper_is_packed_is_asked_about_next(page)
         const [done] = arguments, pack = paper.toBlob.bind(paper), usual = fetch;
         let asked = 0;
         paper.toBlob = then => setTimeout(() => pack(then), 100);
-        fetch = (...question) => { asked += 1; return usual(...question); };
+        fetch = (...question) => { asked += question[0] === 'read'; return usual(...question); };
         ask(paper);
         setTimeout(() => ask(paper), 20);
         setTimeout(function wait() {
@@ -279,36 +424,101 @@ def test_a_stroke_that_comes_while_the_paper_is_packed_is_asked_about_next(page)
     assert asked == 2
 
 
-def test_bars_pixels_and_features_are_shown(page):
-    assert feature_pictures(page) == []
+def test_both_answers_their_bars_and_what_is_found_are_shown(page):
     draw(page, TEST.images[FIRST[0]])
-    until(lambda: page.execute_script('return !asking && !next'))
-    shares = [[float(bar.rstrip('%')) for bar in page.execute_script(
-        f'return [...document.querySelectorAll(".{model}")].map(bar => bar.textContent)')]
-        for model in ('deep', 'softmax')]
-    for ten in shares:
-        assert len(ten) == 10 and sum(ten) == pytest.approx(100, abs=1)
-    assert int(np.argmax(shares[0])) == int(text(page, 'answer'))
-    pictures = feature_pictures(page)
-    assert [name for name, _ in pictures] == [
-        f'{layer}, feature {number}' for layer, count in (
-            ('conv1/Relu:0', 32), ('pool1/MaxPool:0', 32), ('conv2/Relu:0', 64),
-            ('pool2/MaxPool:0', 64)) for number in range(count)]
-    assert np.mean([seen for _, seen in pictures]) > 0.8
+    wait_for_answer(page)
+    answers = {'deep': text(page, 'answer'), 'softmax': text(page, 'answer-softmax')}
+    for model, answer in answers.items():
+        shares = [float(cell.rstrip('%')) for cell in page.execute_script(
+            f'return [...bars.querySelectorAll("td.{model}")].map(cell => cell.textContent)')]
+        assert len(shares) == 10 and sum(shares) == pytest.approx(100, abs=1)
+        winner, = page.execute_script(
+            f'return [...bars.querySelectorAll("td.{model}.winner")].map('
+            'cell => cell.parentNode.cells[0].textContent)')
+        assert answer == winner == str(np.argmax(shares))
+    assert text(page, 'sign') == ('=' if answers['deep'] == answers['softmax'] else '≠')
+    tiles = painted(page, '#layers canvas')
+    assert [name for name, _ in tiles] == [
+        f'{tensor}, {kind} {number}' for tensor, kind, count in (
+            ('conv1/Variable:0', 'filter', 32), ('conv1/Relu:0', 'feature', 32),
+            ('pool1/MaxPool:0', 'feature', 32), ('conv2/Relu:0', 'feature', 64),
+            ('pool2/MaxPool:0', 'feature', 64)) for number in range(count)]
+    assert np.mean([seen for _, seen in tiles]) > 0.8
+    assert painted(page, '#image') == [['What the networks see', True]]
+    assert painted(page, '#evidence canvas') == [
+        [f'Evidence for {digit}', True] for digit in range(10)]
 
 
-def test_a_feature_is_shown_large_with_its_name(page):
+def test_where_they_differ_it_is_marked(page):
+    page.execute_script('show({deep: [.1, .9, 0, 0, 0, 0, 0, 0, 0, 0],'
+                        ' softmax: [.6, .4, 0, 0, 0, 0, 0, 0, 0, 0]})')
+    assert [text(page, name) for name in ('answer', 'sign', 'answer-softmax')] == ['1', '≠', '0']
+    assert 'differ' in text(page, 'message')
+    assert 'differ' in page.find_element('id', 'answers').get_attribute('class')
+
+
+@pytest.mark.parametrize('width', [375, 1080, 1400])
+def test_an_empty_page_invites_and_nothing_moves_at_the_first_stroke(width, page):
+    set_width(page, width)
+    hint = page.find_element('id', 'hint')
+    assert hint.is_displayed() and 'draw a digit here' in hint.text
+    shown = painted(page, '#layers canvas, #evidence canvas, #image')
+    assert {name.split(',')[0] for name, seen in shown if seen} == {'conv1/Variable:0'}
+    measure = 'return [...document.querySelectorAll("section")].map(part => part.offsetHeight)'
+    empty = page.execute_script(measure)
+    draw(page, TEST.images[FIRST[3]])
+    wait_for_answer(page)
+    assert text(page, 'answer') != '' and not hint.is_displayed()
+    assert page.execute_script(measure) == empty
+    page.find_element('id', 'clear').click()
+    assert hint.is_displayed() and page.execute_script(measure) == empty
+    page.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
+
+
+def test_a_feature_is_shown_large_with_its_name_and_its_filter(page):
     draw(page, TEST.images[FIRST[0]])
-    until(lambda: page.execute_script('return !asking && !next'))
-    feature = page.find_element('css selector', '[aria-label="conv2/Relu:0, feature 17"]')
-    page.execute_script('arguments[0].focus()', feature)
-    assert text(page, 'name') == 'conv2/Relu:0, feature 17'
-    feature.send_keys('\ue004')  # Tab
-    assert text(page, 'name') == 'conv2/Relu:0, feature 18'
-    assert page.execute_script('return document.getElementById("large").width') == 14
-    page.execute_script('arguments[0].dispatchEvent(new PointerEvent("pointerover", '
-                        '{bubbles: true}))', feature)
-    assert text(page, 'name') == 'conv2/Relu:0, feature 17'
+    wait_for_answer(page)
+    found = '[aria-label="{}, feature {}"]'.format
+    second, first = (page.find_element('css selector', found(layer, 17))
+                     for layer in ('conv2/Relu:0', 'conv1/Relu:0'))
+    page.execute_script('arguments[0].focus()', second)
+    assert text(page, 'name').startswith('conv2/Relu:0, feature 17')
+    assert page.execute_script('return large.width') == 14
+    assert not page.find_element('id', 'filter').is_displayed()
+    page.execute_script('arguments[0].dispatchEvent(new PointerEvent("pointermove", '
+                        '{bubbles: true}))', first)
+    assert text(page, 'name').startswith('conv1/Relu:0, feature 17')
+    assert page.find_element('id', 'filter').is_displayed()
+    of_filter, of_tile = page.execute_script(
+        'return [filter, document.getElementById("conv1/Variable:0").children[17]].map(canvas => '
+        '[...canvas.getContext("2d").getImageData(0, 0, 5, 5).data])')
+    assert of_filter == of_tile and any(of_tile)
+
+
+def test_each_layer_is_one_stop_of_tab_and_the_arrow_keys_go_on(page):
+    page.execute_script('layers.querySelector("canvas").focus()')
+    stops = []
+    while page.execute_script('return layers.contains(document.activeElement)'):
+        active = page.switch_to.active_element
+        stops.append(active.get_attribute('aria-label'))
+        active.send_keys('\ue004')  # Tab
+    assert stops == ['conv1/Variable:0, filter 0', 'conv1/Relu:0, feature 0',
+                     'pool1/MaxPool:0, feature 0', 'conv2/Relu:0, feature 0',
+                     'pool2/MaxPool:0, feature 0']
+    page.execute_script('document.getElementById("conv2/Relu:0").firstChild.focus()')
+    for key, number in (('\ue014', 1), ('\ue015', 17), ('\ue012', 16), ('\ue013', 0),
+                        ('\ue012', 0), ('\ue010', 63), ('\ue011', 0), ('\ue014', 1)):
+        page.switch_to.active_element.send_keys(key)  # right, down, left, up, left, end, home
+        assert text(page, 'name').startswith(f'conv2/Relu:0, feature {number}')
+    active = page.switch_to.active_element
+    active.send_keys('\ue004')
+    page.switch_to.active_element.send_keys('\ue008\ue004')  # Shift and Tab: it comes back to it
+    assert page.switch_to.active_element == active
+
+
+def test_every_picture_has_a_name_for_screen_readers(page):
+    assert page.execute_script('return [...document.querySelectorAll("canvas, svg, input")].filter('
+                               'element => !element.ariaLabel).length') == 0
 
 
 @pytest.mark.parametrize('way', ['chosen', 'dropped', 'pasted'])
@@ -329,6 +539,11 @@ def test_a_picture_file_is_read_and_what_cannot_be_read_is_said(way, page, chrom
 
     give(png(TEST.images[FIRST[7]]))
     until(lambda: text(page, 'answer'), '7')
+    assert not page.find_element('id', 'hint').is_displayed()
+    dark = 'return pen.getImageData(0, 0, 560, 560).data.filter(level => level < 99).length'
+    until(lambda: page.execute_script(dark) > 1000)  # it is shown on the paper
+    draw(page, TEST.images[FIRST[1]])  # and a stroke begins a drawing of its own
+    until(lambda: text(page, 'answer'), '1')
     give(b'no picture')
     until(lambda: 'JPEG or PNG' in text(page, 'message'))
     assert text(page, 'answer') == ''
@@ -338,13 +553,52 @@ def test_a_picture_file_is_read_and_what_cannot_be_read_is_said(way, page, chrom
 
 @pytest.mark.parametrize('width', [375, 1400])
 def test_nothing_lies_outside_a_narrow_or_a_wide_window(width, page):
-    page.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', {
-        'width': width, 'height': 800, 'deviceScaleFactor': 1, 'mobile': width < 1000})
+    set_width(page, width)
     draw(page, TEST.images[FIRST[3]])
     until(lambda: text(page, 'answer') != '')
+    if width == 375:  # the answer and the bars stand directly below the paper
+        tops = page.execute_script('return [paper, answers, bars, image].map('
+                                   'element => element.getBoundingClientRect().top)')
+        assert tops == sorted(tops)
     for size in ('', '200%'):
         page.execute_script(f'document.documentElement.style.fontSize = "{size}"')
         assert page.execute_script('return document.documentElement.scrollWidth') == width
         assert page.execute_script(
             'return document.getElementById("paper").getBoundingClientRect().width') >= 280
     page.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
+
+
+def test_one_watches_it_learn_and_goes_back(page, process):
+    draw(page, TEST.images[FIRST[7]])
+    wait_for_answer(page)
+    assert text(page, 'training') == ''
+    bars = ('return [...document.querySelectorAll("td.deep")].map(cell => cell.textContent)')
+    finished = page.execute_script(bars)
+    page.find_element('id', 'learn').click()
+    until(lambda: re.fullmatch(r'step \d+ of 20,000, test accuracy \d+ %', text(page, 'training'))
+          is not None)
+    scratch = page.execute_script(bars)
+    assert scratch != finished
+    until(lambda: page.execute_script(bars) != scratch)  # without a stroke
+    filters = painted(page, '[id="conv1/Variable:0"] canvas')
+    assert len(filters) == 32 and all(seen for _, seen in filters)
+    until(lambda: page.execute_script(
+        'return curve.querySelector("path.deep").getAttribute("d").length') > 10)
+    draw(page, TEST.images[FIRST[1]])  # drawing while it learns
+    wait_for_answer(page)
+    assert text(page, 'answer') != ''
+    page.find_element('id', 'back').click()
+    until(lambda: text(page, 'training'), '')
+    assert state(process)['finished'] and page.find_element('id', 'learn').is_displayed()
+    assert not page.find_element('id', 'back').is_displayed()
+
+
+def test_a_page_without_a_trained_network_learns_from_the_first_second(chromium, learner):
+    chromium.get(learner.address)
+    until(lambda: text(chromium, 'training').startswith('step '))
+    for name in ('learn', 'back'):
+        assert not chromium.find_element('id', name).is_displayed()
+    learner.kill()
+    until(lambda: 'does extras.draw still run' in text(chromium, 'message'))
+    assert text(chromium, 'training') == ''
+    chromium.get_log('browser')  # it says that the server is gone
