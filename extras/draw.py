@@ -292,8 +292,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status = 200  # a picture, be it of a digit or not
             image = normalise(picture)
             if is_unlike_mnist(image):
-                found['message'] = ('not sure that it is a digit: hardly any of those in MNIST has '
-                                    'as much ink, or as long an outline')
+                found['message'] = ('not sure that it is a digit: blacker, or more winding, than '
+                                    'those of MNIST')
         except TimeoutError:
             return self.refuse(408)
         except SeveralDigits as several:
