@@ -33,7 +33,7 @@ from tests import browser, photographs
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-DRAWING_SIZE = 1080, 1060  # pixels of drawing.png: wide enough for the page's three columns
+DRAWING_SIZE = 1080, 1130  # pixels of drawing.png: wide enough for the page's three columns
 LEARNING_SIZE = 1080, 680  # of learning.gif
 LEARNING_STEPS = 0, 5, 10, 20, 30, 40, 50, 75, 100, 150, 200, 250, 300, 400, 500  # its pictures'
 

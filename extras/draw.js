@@ -1,16 +1,18 @@
 'use strict';
 const [paper, hint, file, answers, sign, message, bars, training, note, learn, back, curve, image,
-  layers, large, filter, name, evidence] = ['paper', 'hint', 'file', 'answers', 'sign', 'message',
-  'bars', 'training', 'note', 'learn', 'back', 'curve', 'image', 'layers', 'large', 'filter', 'name',
-  'evidence'].map(id => document.getElementById(id));
+  layers, large, filter, name, evidence] = [
+  'paper', 'hint', 'file', 'answers', 'sign', 'message', 'bars', 'training', 'note', 'learn',
+  'back', 'curve', 'image', 'layers', 'large', 'filter', 'name', 'evidence'].map(
+  id => document.getElementById(id));
 const MODELS = {deep: 'convolutional network', softmax: 'softmax regression'};
 const FILTERS = 'conv1/Variable:0';
 const LAYERS = [  // tensor, number and side of its tiles, heading
-  [FILTERS, 32, 5, 'First convolutional layer: 32 features, each from a patch of 5x5 pixels, found by '
-    + 'these 32 filters'],
+  [FILTERS, 32, 5, 'First convolutional layer: 32 features, each from a patch of 5x5 pixels, '
+    + 'found by these 32 filters'],
   ['conv1/Relu:0', 32, 28, 'Where it finds them'],
   ['pool1/MaxPool:0', 32, 14, 'Pooling: of each 2x2 block, the largest is kept'],
-  ['conv2/Relu:0', 64, 14, 'Second convolutional layer: 64 features of those 32, from patches of 5x5'],
+  ['conv2/Relu:0', 64, 14,
+    'Second convolutional layer: 64 features of those 32, each from a patch of 5x5'],
   ['pool2/MaxPool:0', 64, 7, 'Pooling once more: 7x7 places are left']];
 let state = null;  // the training's
 let found = {};  // what the networks say to the drawing
@@ -128,8 +130,8 @@ function showState(now) {
   training.textContent = now.training ? `step ${number} of ${all}`
     + (newest ? `, test accuracy ${Math.floor(100 * newest[0])} %` : '') : '';
   note.textContent =
-    finished ? 'The convolutional network has been trained before. You can also watch both networks '
-      + 'learn from scratch, while you draw.'
+    finished ? 'The convolutional network has been trained before. You can also watch both '
+      + 'networks learn from scratch, while you draw.'
     : now.training ? 'Both begin knowing nothing. Draw a digit, and see from when on they read it. '
       + 'The training goes on when the page is closed; nothing of it is kept.'
     : `The training is over, after ${number} steps. Nothing of it is kept.`;
@@ -169,6 +171,7 @@ function show(answer) {
   message.textContent = found.message ?? (
     deep === '' ? 'Both answer as soon as there is ink on the paper.'
     : deep === softmax ? 'They agree.'
+    : state?.training ? 'They differ.'
     : 'They differ: one weighs pixels, one finds parts. See below.');
   paint(image, found.image ?? blank(28), colours.text);
   for (const [tensor, count, side] of LAYERS.slice(1)) {
@@ -207,7 +210,8 @@ function enlarge(tile) {
   large.width = large.height = tile.width;
   large.getContext('2d').drawImage(tile, 0, 0);
   const strongest = found.strongest?.[tensor]?.[number];
-  name.textContent = tile.ariaLabel + (strongest === undefined ? '' : `: at most ${strongest.toFixed(2)}`);
+  name.textContent =
+    tile.ariaLabel + (strongest === undefined ? '' : `: at most ${strongest.toFixed(2)}`);
   filter.hidden = !/^(conv1.Relu|pool1)/.test(tensor);
   filter.width = filter.height = 5;
   filter.getContext('2d').drawImage(document.getElementById(FILTERS).children[number % 32], 0, 0);
@@ -233,14 +237,16 @@ layers.onkeydown = event => {
 
 // The page is whole from the start, so that nothing moves when something is drawn.
 for (const [tensor, count, , heading] of LAYERS) {
+  const kind = tensor === FILTERS ? 'filter' : 'feature';
   const tiles = Array.from({length: count}, (_, number) => `<canvas role="img" tabindex="${
-    number ? -1 : 0}" aria-label="${tensor}, ${tensor === FILTERS ? 'filter' : 'feature'} ${number}"></canvas>`);
+    number ? -1 : 0}" aria-label="${tensor}, ${kind} ${number}"></canvas>`).join('');
   layers.insertAdjacentHTML('beforeend', `<h3>${heading} <code>${tensor}</code></h3>
-    <div class="tiles" id="${tensor}" role="group" aria-label="${heading}">${tiles.join('')}</div>`);
+    <div class="tiles" id="${tensor}" role="group" aria-label="${heading}">${tiles}</div>`);
 }
 for (let digit = 0; digit < 10; digit++) {
   const cell = '<div><span class="bar"><i></i></span><span class="percent"></span></div>';
-  bars.insertRow().innerHTML = `<th scope="row">${digit}<td class="deep">${cell}<td class="softmax">${cell}`;
+  bars.insertRow().innerHTML =
+    `<th scope="row">${digit}<td class="deep">${cell}<td class="softmax">${cell}`;
   evidence.insertAdjacentHTML('beforeend', `<figure><canvas role="img" aria-label="Evidence for ${
     digit}"></canvas><figcaption></figcaption></figure>`);
 }

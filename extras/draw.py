@@ -23,8 +23,17 @@ import webbrowser
 
 import numpy as np
 
-if __name__ == '__main__' and sys.stderr:
-    print('starting TensorFlow ...', file=sys.stderr, flush=True)  # which takes some seconds
+if __name__ == '__main__':  # TensorFlow takes seconds to start: say so, and stop when asked to
+    def stop(number, _):
+        """Ends all at once: an exception would be lost, or crash a thread, within TensorFlow."""
+        os.write(sys.stderr.fileno(), b'stopped\n')
+        os._exit(128 + number)
+
+    sys.stderr = sys.stderr or open(os.devnull, 'w')  # noqa: SIM115
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as a shell's background jobs do
+            signal.signal(ending, stop)
+    print('starting TensorFlow ...', file=sys.stderr, flush=True)
 
 import input_data
 import mnist_deep
@@ -89,8 +98,7 @@ class Networks:
                 [variable for variable in tf.global_variables() if variable not in restored]))
         self.filters = self.sess.run(FILTERS)
         self.stopped = threading.Event()
-        self.thread = threading.Thread(
-            target=self.train_softmax if self.finished else self.train, daemon=True)
+        self.thread = threading.Thread(target=self.train, daemon=True)
 
     def train(self):
         """The tutorial's two trainings, side by side."""
@@ -138,7 +146,7 @@ class Networks:
 
     def state(self):
         """How far the training is, as a dict that JSON can hold."""
-        return {'finished': self.finished, 'training': not self.finished and self.thread.is_alive(),
+        return {'finished': self.finished, 'training': self.thread.is_alive(),
                 'step': self.step, 'steps': STEPS, 'accuracies': self.accuracies,
                 'filters': levels(self.filters[:, :, 0], (0, 1))}
 
@@ -177,8 +185,7 @@ def main(argv=None):
         if model_dir.checkpoints(flags.model_dir):
             say(f'restoring the network in {flags.model_dir}, training softmax regression ...')
             server.trained = server.shown = server.new_networks(flags.model_dir)
-            server.trained.thread.start()
-            server.trained.thread.join()
+            server.trained.train_softmax()
         else:
             say(f'no trained network in {flags.model_dir}: one learns while you draw, and nothing '
                 'of it is kept;\nto keep one, run: python mnist_deep.py --model_dir '
@@ -232,8 +239,9 @@ class Server(http.server.ThreadingHTTPServer):
         """Begins a training from scratch, unless one is shown already."""
         with self.changing:
             if self.shown is self.trained:
-                self.shown = self.new_networks()
-                self.shown.thread.start()
+                networks = self.new_networks()
+                networks.thread.start()
+                self.shown = networks
 
     def back(self):
         """Ends that training, and shows the trained network again, if there is one."""
@@ -370,13 +378,5 @@ def parse_flags(argv):
     return parser.parse_args(argv)
 
 
-def stop(number, _):
-    """Handles SIGTERM like Ctrl-C; as the first process of a container, it would be ignored."""
-    stopped = KeyboardInterrupt('stopped')
-    stopped.exit_code = 128 + number
-    raise stopped
-
-
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, stop)
-    os._exit(mnist_deep.run(main))  # at once: Python's own end can crash threads in TensorFlow
+    sys.exit(mnist_deep.run(main))

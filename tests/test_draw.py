@@ -336,6 +336,14 @@ def test_it_opens_the_browser_and_ctrl_c_ends_it_with_one_line(trained, tmp_path
     assert own_lines(errors).splitlines()[-1] == 'stopped'
 
 
+def test_ctrl_c_ends_it_while_tensorflow_starts():
+    process = start('-m', 'extras.draw', '--no_browser', '--port=0')
+    assert process.stderr.readline() == 'starting TensorFlow ...\n'
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, own_lines(errors)) == (130, '', 'stopped\n')
+
+
 def test_without_a_display_no_browser_is_opened(monkeypatch):
     monkeypatch.setattr(sys, 'platform', 'linux')
     for name in ('DISPLAY', 'WAYLAND_DISPLAY', 'BROWSER'):
