@@ -321,7 +321,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         port = self.server.server_port
         self.refuse(403, 'only its own page may ask this server', 'It answers at '
                     f'http://127.0.0.1:{port}/ alone: open that address. If the port is forwarded, '
-                    f'let it have the same number here: ssh -L {port}:127.0.0.1:{port} ...')
+                    f'let it have the same number here: ssh -L {port}:127.0.0.1:{port} HOST')
         return False
 
     def refuse(self, status, message=None, explanation=None):
