@@ -3,8 +3,8 @@
 digits.png: training digits as the loader gives them, ink dark.
 weights.png: what softmax regression learns for each class, 0 to 9: blue speaks for it, red against.
 digit.png: one test digit as a scanner would give it, dark on white, larger: a digit to read.
-photographs.png: three photographs of digits and three drawings, and below each what the network
-    sees of it.
+photographs.png: three of MNIST's digits on computed paper and three drawings, and below each what
+    the network sees of it.
 drawing.png: the page of extras.draw with a 6, leaning, that softmax regression takes for a 5.
 learning.gif: the page in the first minute of a training, while a 3 lies on its paper.
     These two are made only with --model_dir, a trained network, and if there is a Chromium
@@ -22,7 +22,7 @@ import tempfile
 import time
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from selenium.webdriver import ActionChains
 
 import input_data
@@ -31,7 +31,6 @@ from extras import pictures
 from tests import browser, photographs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-
 
 DRAWING_SIZE = 1080, 1130  # pixels of drawing.png: wide enough for the page's three columns
 LEARNING_SIZE = 1080, 680  # of learning.gif
@@ -66,8 +65,31 @@ def learned_weights(mnist):
         return W.eval()
 
 
+def title(text):
+    """A line of text, black on white, as a Pillow image 24 pixels high."""
+    # Pillow's old font of pixels, which looks the same in all its versions
+    font = getattr(ImageFont, 'load_default_imagefont', ImageFont.load_default)()
+    line = Image.new('L', (6 * len(text), 12), 255)
+    ImageDraw.Draw(line).text((0, 0), text, 0, font)
+    return line.resize((2 * line.width, 2 * line.height), Image.NEAREST)
+
+
+def weights_of_classes(mnist):
+    """What softmax regression learns for each class, below its number."""
+    weights = learned_weights(mnist).T.reshape(10, 28, 28)
+    strength = np.clip(weights / np.abs(weights).max() * 1.5, -1, 1)[..., np.newaxis]
+    red, blue = np.array([0.8, 0.1, 0.1]), np.array([0.1, 0.2, 0.8])
+    colours = np.where(strength > 0, 1 - strength * (1 - blue), 1 + strength * (1 - red))
+    sheet = Image.new('RGB', (120 * 5, 144 * 2), 'white')
+    for number, image in enumerate(np.round(255 * colours).astype(np.uint8)):
+        left, top = 120 * (number % 5), 144 * (number // 5)
+        sheet.paste(title(str(number)), (left + 50, top))
+        sheet.paste(Image.fromarray(image).resize((112, 112), Image.NEAREST), (left, top + 26))
+    return np.asarray(sheet) / 255
+
+
 def photographs_and_what_is_seen(mnist):
-    """Pictures, 168 pixels wide and high at most, above the 28x28 pixels that are seen of them.
+    """Pictures, 168 pixels wide and high, above the 28x28 pixels that are seen of them.
 
     Ink on paper, chalk on a board, a digit far in a corner; a thin pen, a thick one, a dark panel.
     """
@@ -76,12 +98,14 @@ def photographs_and_what_is_seen(mnist):
              for number, size, light_ink in ((1, 150, False), (2, 160, True), (4, 90, False))]
     pages += [photographs.drawn(9, pen=1), photographs.drawn(5, pen=40),
               ImageOps.expand(photographs.drawn(3, shades=(40, 230)), 40, fill=255)]
-    sheet = Image.new('L', (174 * len(pages) - 6, 342), 255)
+    sheet = Image.new('L', (174 * len(pages) - 6, 400), 255)
+    sheet.paste(title('the picture'), (0, 0))
+    sheet.paste(title('what the network sees'), (0, 204))
     for column, page in enumerate(pages):
         seen = np.round(pictures.normalise(page).reshape(28, 28) * 255).astype(np.uint8)
-        small = page.resize([168 * side // max(page.size) for side in page.size], Image.BOX)
-        sheet.paste(small, (174 * column, 168 - small.height))
-        sheet.paste(Image.fromarray(seen).resize((168, 168), Image.NEAREST), (174 * column, 174))
+        small = ImageOps.pad(page, (168, 168), Image.BOX, color=page.getpixel((0, 0)))
+        sheet.paste(small, (174 * column, 28))
+        sheet.paste(Image.fromarray(seen).resize((168, 168), Image.NEAREST), (174 * column, 232))
     return np.asarray(sheet)[..., np.newaxis] / 255
 
 
@@ -151,16 +175,11 @@ def main(folder=ROOT / 'docs', model_dir=None):
     mnist = input_data.read_data_sets(ROOT / 'MNIST_data', one_hot=True, seed=0)
     digits = 1 - mnist.train.next_batch(48, shuffle=False)[0].reshape(48, 28, 28, 1)
 
-    weights = learned_weights(mnist).T.reshape(10, 28, 28)
-    strength = np.clip(weights / np.abs(weights).max() * 1.5, -1, 1)[..., np.newaxis]
-    red, blue = np.array([0.8, 0.1, 0.1]), np.array([0.1, 0.2, 0.8])
-    colours = np.where(strength > 0, 1 - strength * (1 - blue), 1 + strength * (1 - red))
-
     digit = 1 - mnist.test.next_batch(1, shuffle=False)[0].reshape(1, 28, 28, 1)
 
     with tf.Session() as sess:
         for name, picture in [('digits', tiles(digits, columns=12, scale=2, background=1)),
-                              ('weights', tiles(colours, columns=5, scale=4, background=1)),
+                              ('weights', weights_of_classes(mnist)),
                               ('digit', digit[0].repeat(4, axis=0).repeat(4, axis=1)),
                               ('photographs', photographs_and_what_is_seen(mnist))]:
             png = sess.run(tf.image.encode_png(np.round(picture * 255).astype(np.uint8)))
