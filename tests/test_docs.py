@@ -325,7 +325,7 @@ def test_the_loaders_table_has_every_public_name(pages):
 
 @pytest.mark.parametrize('pages', [ENGLISH])
 def test_every_picture_is_shown(pages):
-    for path in (ROOT / 'docs').glob('*.png'):
+    for path in [*(ROOT / 'docs').glob('*.png'), *(ROOT / 'docs').glob('*.gif')]:
         shown = [page for page in pages if f']({path.name})' in read(page)
                  or f'](docs/{path.name})' in read(page)]
         assert shown, path.name
@@ -344,6 +344,10 @@ def test_pictures_come_from_the_projects_own_code(tmp_path):
         assert np.abs(committed - anew).max() <= (0 if exact else 16)
 
 
-def test_the_screenshot_has_the_size_that_it_is_made_in():
-    with Image.open(ROOT / 'docs' / 'drawing.png') as screenshot:
-        assert screenshot.size == make_pictures.DRAWING_SIZE
+def test_the_pictures_of_the_page_have_the_sizes_that_they_are_made_in():
+    for name, size in (('drawing.png', make_pictures.DRAWING_SIZE),
+                       ('learning.gif', make_pictures.LEARNING_SIZE)):
+        with Image.open(ROOT / 'docs' / name) as screenshot:
+            assert screenshot.size == size
+    assert screenshot.n_frames == len(make_pictures.LEARNING_STEPS)
+    assert (ROOT / 'docs' / 'learning.gif').stat().st_size < 1e6
