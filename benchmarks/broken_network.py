@@ -90,7 +90,7 @@ def train(cut, flags):
                 return 'hangs', False
             seconds = time.monotonic() - began
             good = codes == [0, 0, 0] and last and last[0].startswith('test accuracy')
-            return f'{last}, exit codes {codes}, {seconds:.0f} s after the cut', good
+            return f'{"".join(last)}, exit codes {codes}, {seconds:.0f} s after the cut', good
         finally:
             for task in tasks:
                 task.kill()
