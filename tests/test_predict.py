@@ -606,7 +606,7 @@ def test_show_writes_what_is_refused(folder, model, tmp_path, capsys):
 
 @pytest.mark.parametrize('flags, message', [
     (['--model_dir=none'], '--model_dir none: no checkpoint .*: python mnist_deep.py --model_dir'),
-    (['--model_dir=other'], 'all its checkpoints are damaged; train another one: python mnist_deep'),
+    (['--model_dir=other'], 'all its checkpoints are damaged; train another one: python mnist_'),
     (['--show=seven.png'], '--show seven.png: File exists; name another folder'),
     (['--show=/proc/seen'], '--show /proc/seen: No such file or directory; name another folder'),
     (['--steps=3'], 'unrecognized arguments: --steps=3')])
