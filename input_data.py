@@ -140,7 +140,7 @@ class DataSet:
         if reshape:
             images = images.reshape(len(images), images.shape[1] * images.shape[2])
 
-        # Bytes that nobody can change stay bytes, until somebody looks: a quarter of it all.
+        # Bytes that nobody can change stay bytes, until somebody looks: a quarter of the memory.
         self._as_bytes = (found == np.float32 and images.dtype == np.uint8
                           and not images.flags.writeable)
         self._pixels = images if self._as_bytes or found == np.uint8 else _scale(images)
@@ -162,7 +162,7 @@ class DataSet:
         with _TURNS:
             if self._as_bytes:
                 self._pixels, self._as_bytes = _scale(self._pixels), False
-            elif not self._pixels.flags.writeable:
+            elif not self._pixels.flags.writeable:  # the training and validation sets share it
                 self._pixels = self._pixels.copy()
             return self._pixels
 
@@ -178,7 +178,8 @@ class DataSet:
 
         Args:
             batch_size: how many, an int. An empty data set has empty batches. As in 1.x, a number
-                below 0 gives an empty batch and goes back by as many examples.
+                below 0 goes back by as many examples, and gives an empty batch if there are as
+                many.
             fake_data: True for ones and class 0 instead.
             shuffle: whether an epoch that begins with this batch gets a new order.
 
@@ -330,7 +331,9 @@ def _read_idx(f, kind):
     """The array in an IDX file, of 'images' or 'labels', gzipped or not; ValueError: its fault."""
     ndim = 3 if 'images' in kind else 1
     magic, header_size = 2048 + ndim, 4 + 4 * ndim
-    is_gzip = not hasattr(f, 'peek') or f.peek(2)[:2] == b'\x1f\x8b'  # `gzip.open` has unpacked it
+    # 1.x took file objects of gzip data. One that can be peeked into may also be of an unpacked
+    # file, or from `gzip.open`.
+    is_gzip = not hasattr(f, 'peek') or f.peek(2)[:2] == b'\x1f\x8b'
     stream = gzip.GzipFile(fileobj=f) if is_gzip else f
     try:
         header = stream.read(header_size)
@@ -389,8 +392,8 @@ def _written_in(folder, fault):
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f'{fault}, and nothing can be written here ({error.strerror}): '
-                      'name a folder that can be written', folder) from error
+        raise OSError(f'{fault}, and the folder {folder} cannot be written ({error.strerror}): '
+                      'name another one') from error
 
 
 def _download(url, packed, fault):

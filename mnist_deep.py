@@ -116,7 +116,7 @@ def train(flags):
 
     with tf.name_scope('adam_optimizer'):
         train_step = tf.train.AdamOptimizer(flags.learning_rate).minimize(
-            cross_entropy, global_step=tf.train.get_or_create_global_step())
+            cross_entropy, global_step=tf.train.get_or_create_global_step())  # for --model_dir
 
     with tf.name_scope('accuracy'):
         correct_prediction = tf.equal(tf.argmax(y_conv, 1), tf.argmax(y_, 1))
@@ -125,7 +125,7 @@ def train(flags):
     with tf.Session(config=session_config(flags.bfloat16)) as sess, kept_in(flags) as model_dir:
         sess.run(tf.global_variables_initializer())
         steps = range(flags.max_steps)
-        if model_dir:  # goes on from its last checkpoint, saves more, and writes for TensorBoard
+        if model_dir:  # resumes and saves; evaluating its accuracy also writes for TensorBoard
             steps, accuracy = model_dir.resume(mnist.train, cross_entropy, accuracy)
 
         # Train
@@ -174,9 +174,8 @@ def in_batches(data_set, size=200):
 
 
 def progress(steps, end):
-    """Yields the steps; on a terminal, standard error shows their speed and the time left to `end`.
-    """
-    on_terminal = sys.stderr and sys.stderr.isatty()
+    """Yields the steps; a terminal shows, on standard error, their speed and the time left."""
+    on_terminal = sys.stderr and sys.stderr.isatty()  # None: it was closed
     began = shown = time.monotonic()
     try:
         for done, step in enumerate(steps, 1):
@@ -204,6 +203,7 @@ def session_config(bfloat16):
     """The session's settings; bfloat16: whether to compute in it, if the CPU can."""
     config = tf.ConfigProto()
     if bfloat16 and computes_in_bfloat16():
+        # TensorFlow then casts the inputs of convolutions and matrix products, and no variables.
         rewrites = config.graph_options.rewrite_options
         rewrites.auto_mixed_precision_onednn_bfloat16 = rewrites.ON
     elif bfloat16:
@@ -237,8 +237,8 @@ def flag_parser(description):
     parser.add_argument('--seed', metavar='N', type=int,
                         help='a whole number that makes the run repeatable')
     parser.add_argument('--model_dir', metavar='FOLDER', type=os.path.expanduser,
-                        help='where to keep the network, to resume an earlier run from, and to '
-                        'write for TensorBoard; without this flag, nothing is kept')
+                        help='folder to keep the network in and to resume from; what '
+                        'TensorBoard shows goes there, too; default: nothing is kept')
     parser.add_argument('--save_checkpoints_steps', metavar='N', type=int, default=1000,
                         help='training steps from one checkpoint to the next (default: '
                         '%(default)s)')
@@ -251,7 +251,8 @@ def checked(flags):
     """The parsed flags; ValueError: a number is out of range."""
     for name in ('max_steps', 'batch_size', 'learning_rate', 'save_checkpoints_steps'):
         if not 0 < getattr(flags, name) <= float(tf.float32.max):
-            raise ValueError(f'argument --{name}: {getattr(flags, name)} is not a number above 0')
+            raise ValueError(f'argument --{name}: {getattr(flags, name)} is not a number above 0 '
+                             'that float32 can hold')
     return flags
 
 

@@ -41,6 +41,7 @@ def train(flags):
         tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y))
     train_step = tf.train.GradientDescentOptimizer(flags.learning_rate).minimize(cross_entropy)
 
+    # Closed in the end, so that a notebook's own session is the default again
     with contextlib.closing(tf.InteractiveSession()) as sess:
         sess.run(tf.global_variables_initializer())
 
@@ -89,7 +90,8 @@ def parse_flags(argv):
     flags = parser.parse_args(argv)
     for name in ('max_steps', 'batch_size', 'learning_rate'):
         if not 0 < getattr(flags, name) <= float(tf.float32.max):
-            raise ValueError(f'argument --{name}: {getattr(flags, name)} is not a number above 0')
+            raise ValueError(f'argument --{name}: {getattr(flags, name)} is not a number above 0 '
+                             'that float32 can hold')
     return flags
 
 

@@ -1,7 +1,7 @@
 """What `--model_dir` adds to a training: checkpoints to go on from, and events for TensorBoard.
 
 `mnist_deep.py` loads this file only when that flag is given. One training at a time uses a folder.
-Nothing in it is ever deleted, but for checkpoints that newer ones replace.
+Nothing in it is ever deleted but old checkpoints, and what an unfinished save has left.
 """
 
 import contextlib
@@ -131,7 +131,7 @@ class ModelDir:
             if self.training:  # it was stopped, or its output was closed: that costs no steps
                 self.checkpoints.save(tf.get_default_session())
             if self.checkpoints.saved and isinstance(error, KeyboardInterrupt):
-                error.args = f'stopped at step {self.checkpoints.saved}, kept in {self.folder}',
+                error.args = (f'stopped at step {self.checkpoints.saved}, kept in {self.folder}',)
         finally:
             if self.writer:
                 self.write('close')
@@ -230,7 +230,7 @@ class Checkpoints:
             self.saver.save(session, os.path.join(self.folder, CHECKPOINT), step,
                             write_meta_graph=False)
         except (tf.errors.AbortedError, tf.errors.UnavailableError):
-            raise
+            raise  # a machine of a cluster is gone
         except (tf.errors.OpError, OSError, RuntimeError) as error:
             remove_temporary_files(self.folder)
             kept = f'that of step {self.saved} is kept' if self.saved else 'there is no earlier one'
@@ -359,7 +359,8 @@ def refuse_pattern(folder):
 
 def refuse_foreign(folder):
     """ValueError: the folder has no checkpoint of the network, but something else."""
-    ours = (CHECKPOINT, 'checkpoint.tmp', 'events.out.tfevents', '.', 'lost+found')
+    ours = (CHECKPOINT, 'checkpoint.tmp', 'events.out.tfevents', '.',
+            'lost+found')  # which is in the top folder of a disk
     others = [name for name in sorted(os.listdir(folder)) if not name.startswith(ours)]
     if others and not checkpoints(folder):
         raise ValueError(f'--model_dir {folder}: it holds {others[0]}, and no checkpoint of this '
@@ -437,6 +438,7 @@ def signals_handled(handler):
 
 def reason(error):
     """What TensorFlow says about a file, without the rest of the operation's report."""
+    # For example "model/x.tempstate123; No space left on device\n\t [[{{node save/SaveV2}}]]"
     found = re.search(r'(?:^|; )([^;\n]+)$', str(error).split('\n\t')[0])
     return found[1] if found else type(error).__name__
 
@@ -478,8 +480,8 @@ def claim(folder):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         lock.close()
-        raise OSError(f'--model_dir {folder}: another training uses it; wait for its end, or name '
-                      'another folder') from None
+        raise OSError(f'--model_dir {folder}: another training uses it; wait until it ends, or '
+                      'name another folder') from None
     except OSError:
         pass  # a file system without locks
     return lock

@@ -1,11 +1,12 @@
-"""Draw a digit in the browser, and watch both networks of the tutorial learn to read it.
+"""Draw a digit in the browser, and watch both networks learn to read it.
 
     python -m extras.draw    # http://127.0.0.1:8000/
 
-Without a trained network, both learn while you draw, and nothing of that is kept. With one, which
-`python mnist_deep.py --model_dir model` trains in some minutes, the page shows it, and a button
-begins from scratch. The page explains what the layers find in a drawing, and why softmax regression
-takes it for something else. Only this machine can open it.
+Without a trained network, both learn while you draw, and nothing of that is
+kept. With one, which `python mnist_deep.py --model_dir model` trains in some
+minutes, the page shows it, and a button starts a training from scratch. The
+page explains what the layers find in a drawing, and why softmax regression
+sometimes takes it for something else. Only this machine can open it.
 """
 
 import argparse
@@ -187,8 +188,8 @@ def main(argv=None):
             server.trained = server.shown = server.new_networks(flags.model_dir)
             server.trained.train_softmax()
         else:
-            say(f'no trained network in {flags.model_dir}: one learns while you draw, and nothing '
-                'of it is kept;\nto keep one, run: python mnist_deep.py --model_dir '
+            say(f'no trained network in {flags.model_dir}: both networks learn while you draw, and '
+                'nothing is kept;\nto keep one, run: python mnist_deep.py --model_dir '
                 + shlex.quote(flags.model_dir))
             server.learn()
         address = f'http://127.0.0.1:{server.server_port}/'
@@ -300,7 +301,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status = 200  # a picture, be it of a digit or not
             image = normalise(picture)
             if is_unlike_mnist(image):
-                found['message'] = ('not sure that it is a digit: blacker and more winding than '
+                found['message'] = ('not sure that it is a digit: it has more ink and bends than '
                                     'those of MNIST')
         except TimeoutError:
             return self.refuse(408)
@@ -319,9 +320,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if host in self.server.hosts and origin in (None, f'http://{host}'):
             return True
         port = self.server.server_port
-        self.refuse(403, 'only its own page may ask this server', 'It answers at '
-                    f'http://127.0.0.1:{port}/ alone: open that address. If the port is forwarded, '
-                    f'let it have the same number here: ssh -L {port}:127.0.0.1:{port} HOST')
+        self.refuse(403, 'this server answers only its own page', 'Open '
+                    f'http://127.0.0.1:{port}/ instead. If you forward the port, use the same '
+                    f'number on your machine: ssh -L {port}:127.0.0.1:{port} HOST')
         return False
 
     def refuse(self, status, message=None, explanation=None):
@@ -364,17 +365,18 @@ def say(what):
 
 def parse_flags(argv):
     """The command line's flags."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+    parser = argparse.ArgumentParser(usage='python -m extras.draw [flags]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model_dir', default='model', type=os.path.expanduser, metavar='FOLDER',
-                        help='that of mnist_deep.py, with its checkpoints (default: %(default)s)')
+                        help='folder of the trained network (default: %(default)s)')
     parser.add_argument('--data_dir', default=mnist_deep.flag_parser('').get_default('data_dir'),
-                        metavar='FOLDER', help='where the MNIST files are (default: %(default)s)')
+                        metavar='FOLDER', help='where the MNIST files are; missing ones are '
+                        'downloaded (default: %(default)s)')
     parser.add_argument('--port', type=int, default=8000, metavar='N',
-                        help='of the address that it prints (default: %(default)s)')
-    parser.add_argument('--no_browser', action='store_true', help='open no browser')
+                        help='port of the page (default: %(default)s)')
+    parser.add_argument('--no_browser', action='store_true', help='do not open a browser')
     parser.add_argument('--seed', type=int, metavar='N',
-                        help='whole number: the same one trains alike')
+                        help='a whole number that makes the training repeatable')
     return parser.parse_args(argv)
 
 

@@ -35,7 +35,7 @@ class SeveralDigits(ValueError):
     """
 
     def __init__(self, count, image):
-        super().__init__(f'{count} digits side by side, expected one: cut the picture to it')
+        super().__init__(f'{count} digits side by side, expected one: crop the picture to it')
         self.image = image
 
 

@@ -1,12 +1,13 @@
-"""Reads pictures of handwritten digits with the network that `mnist_deep.py` has trained.
+"""Reads pictures of handwritten digits with the network of `mnist_deep.py`.
 
     sh setup.sh extras
     python mnist_deep.py --model_dir model
     python -m extras.predict photo1.png photo2.jpg --model_dir model
 
-A picture shows one digit: dark on light or light on dark, anywhere in it. For each one, a line says
-the digit and its probability, and the second guess if that is below 90%. A picture that cannot be
-read is named on standard error; the others are read all the same, and the exit code is 1.
+A picture shows one digit: dark on light or light on dark, anywhere in it. For
+each one, a line gives the digit and its probability and, if that is below 90%,
+a second guess. A picture that cannot be read is named on standard error; the
+others are read all the same, and the exit code is 1.
 """
 
 import argparse
@@ -99,17 +100,17 @@ def show(seen, name, folder):
 def parse_flags(argv):
     """The command line's flags."""
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__)
+        usage='python -m extras.predict [flags] PICTURE ...', description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('pictures', nargs='+', metavar='PICTURE', type=os.path.expanduser,
                         help='a PNG, JPEG, GIF, BMP, WebP or TIFF file, or - for one on standard '
                         'input')
     parser.add_argument('--model_dir', default='model', metavar='FOLDER', type=os.path.expanduser,
-                        help='where mnist_deep.py --model_dir has put its checkpoints (default: '
-                        '%(default)s)')
+                        help='folder of the trained network (default: %(default)s)')
     parser.add_argument('--show', metavar='FOLDER', type=os.path.expanduser,
-                        help='also write here what the network sees of each picture, enlarged ten '
-                        'times, and in grey those in which no digit is found; no file is replaced')
+                        help='also write to this folder what the network sees of each picture, at '
+                        'ten times the size; a picture without a digit is written in grey; '
+                        'existing files are kept')
     flags = parser.parse_intermixed_args(argv)
     # Where the shell has left '*.png' as it is, as on Windows, it stands for the files that match.
     flags.pictures = [match for name in flags.pictures for match in (

@@ -1,20 +1,24 @@
-"""Trains the network of `mnist_deep.py` on many machines, by TensorFlow's own distributed runtime.
+"""Trains the network of `mnist_deep.py` on many machines, by TensorFlow itself.
 
     python -m extras.replica --workers 2
 
-trains with 2 workers and a parameter server on this machine, as threads of one process. In a
-cluster, the same command without --workers runs on each machine, and the environment variable
-TF_CONFIG tells each one its task:
+trains with 2 workers and a parameter server on this machine, as threads of one
+process. In a cluster, the same command without --workers runs on each machine,
+and the environment variable TF_CONFIG tells each one its task:
 
-    TF_CONFIG='{"cluster": {"ps": ["10.0.0.1:2222"], "worker": ["10.0.0.2:2222", "10.0.0.3:2222"]},
-                "task": {"type": "worker", "index": 0}}' python -m extras.replica --model_dir model
+    TF_CONFIG='{"cluster": {"ps": ["10.0.0.1:2222"],
+                            "worker": ["10.0.0.2:2222", "10.0.0.3:2222"]},
+                "task": {"type": "worker", "index": 0}}' \\
+    python -m extras.replica --model_dir model
 
-The parameter servers (ps) hold the variables. Each worker has a copy of the graph, trains on
-minibatches of its own, and sends its gradients; worker 0, the chief, also saves and evaluates.
+The parameter servers (ps) hold the variables. Each worker has a copy of the
+graph, trains on minibatches of its own, and sends its gradients; worker 0, the
+chief, also saves and evaluates.
 
-TensorFlow's servers have no passwords, and listen on every network interface, even if the cluster
-says 127.0.0.1: whoever reaches their ports can run programs on the machine. Use them only in a
-network of your own, with these ports closed to others.
+TensorFlow's servers have no passwords, and listen on every network interface,
+even if the cluster says 127.0.0.1: whoever reaches their ports can run programs
+on the machine. Use them only in a network of your own, with these ports closed
+to others.
 """
 
 import argparse
@@ -399,8 +403,8 @@ def read_tf_config():
     """
     text = os.environ.get('TF_CONFIG')
     if not text:
-        raise ValueError('TF_CONFIG is not set: set it to a task of a cluster, as in --help, or '
-                         'give --workers 2 for a cluster on this machine')
+        raise ValueError('TF_CONFIG is not set: set it to the cluster and this task, as in --help, '
+                         'or give --workers 2 for a cluster on this machine')
     try:
         resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
         jobs, job, index = resolver.cluster_spec().as_dict(), resolver.task_type, resolver.task_id
@@ -422,6 +426,7 @@ def read_tf_config():
 def parse_flags(argv):
     """The flags; ValueError: one is out of range."""
     parser = mnist_deep.flag_parser(__doc__)
+    parser.usage = 'python -m extras.replica [flags]'
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument('--workers', type=int, metavar='N',
                         help='run a whole cluster on this machine: one ps, N workers')

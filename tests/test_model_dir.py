@@ -103,7 +103,7 @@ def test_a_second_training_is_refused_and_one_after_ctrl_c_does_the_remaining_st
     flags = ['--data_dir', str(few_digits), '--model_dir', str(folder)]
     process = start('mnist_deep.py', '--max_steps=100000', *flags)
     assert process.stdout.readline().startswith('step 0,')  # at once, though into a pipe
-    with pytest.raises(OSError, match='/model: another training uses it; wait for its end, or'):
+    with pytest.raises(OSError, match='/model: another training uses it; wait until it ends, or'):
         mnist_deep.main(['--max_steps=1', *flags])
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
