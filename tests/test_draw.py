@@ -252,7 +252,7 @@ def test_only_its_own_page_may_ask(method, path, host, origin, status, process, 
     found, _, answer = ask(method, path, body, **headers)
     assert found == status
     if status == 403:  # as behind a forwarded port of another number
-        assert f'{process.address} alone' in answer.decode() and 'ssh -L' in answer.decode()
+        assert f'Open {process.address} instead' in answer.decode() and 'ssh -L' in answer.decode()
 
 
 def test_it_listens_on_this_machine_alone(process):

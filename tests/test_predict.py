@@ -671,5 +671,5 @@ def test_help_tells_how_to_use_it(capsys):
         predict.main(['--help'])
     output = capsys.readouterr().out
     for text in ('sh setup.sh extras', 'python mnist_deep.py --model_dir model',
-                 '--model_dir', '--show', 'PNG', 'below 90%.'):
+                 '--model_dir', '--show', 'PNG', 'below 90%,'):
         assert text in output
