@@ -134,7 +134,7 @@ def work(worker):
                     x: batch[0], y_: batch[1], keep_prob: 0.5})[1]
                 stopped = worker.stopped
                 if worker.save_is_due(step, stopped):  # again, if a server is lost meanwhile
-                    step = sess.run_step_fn(lambda step_context: worker.save(step_context.session))
+                    step = sess.run_step_fn(worker.save)
 
             if index == 0 and not stopped:
                 correct = 0
@@ -235,9 +235,9 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
         return self.saves and (stopped or step >= self.flags.max_steps
                                or step // every > saved // every)
 
-    def save(self, session):
+    def save(self, step_context=None):  # which has the lost session, when this is done again
         """Saves a checkpoint, and returns the number of steps in it."""
-        self.checkpoints.save(session)
+        self.checkpoints.save(self.session)
         return self.checkpoints.saved
 
     def needs(self):
@@ -284,7 +284,7 @@ def watch(workers):
             if worker.saves and worker.session:
                 if not ends_within(10, trainings):  # it saves after its step
                     with contextlib.suppress(tf.errors.AbortedError, tf.errors.UnavailableError):
-                        worker.save(worker.session)
+                        worker.save()
             if worker.saves and worker.checkpoints and worker.checkpoints.saved:
                 stopped.args = (f'stopped at step {worker.checkpoints.saved}, kept in '
                                 f'{worker.flags.model_dir}'),
