@@ -103,7 +103,7 @@ def test_evaluation_goes_through_every_example_once(size):
 
 
 def test_takes_at_most_1100_megabytes_evaluation_included():
-    kilobytes, result = peak_kilobytes('mnist_deep.py', '--max_steps=20')
+    kilobytes, result = peak_kilobytes('mnist_deep.py', '--max_steps=2')
     assert 'test accuracy' in result.stdout
     assert 200e3 < kilobytes < 1.1e6
 
@@ -127,10 +127,11 @@ def test_bfloat16_is_what_the_session_computes_in_where_the_cpu_does():
         assert error == 0
 
 
-def test_trains_in_bfloat16(capsys):
-    mnist_deep.main(['--bfloat16', '--max_steps=150', '--seed=1'])
+def test_trains_in_bfloat16(few_digits, capsys):
+    mnist_deep.main(['--bfloat16', '--max_steps=100', '--seed=1', '--batch_size=20',
+                     '--learning_rate=1e-3', f'--data_dir={few_digits}'])
     output, errors = capsys.readouterr()
-    assert float(output.split()[-1]) > 0.85
+    assert float(output.split()[-1]) > 0.75
     if mnist_deep.computes_in_bfloat16():
         assert errors == ''
 
