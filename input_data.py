@@ -136,7 +136,7 @@ class DataSet:
         images, self._labels = np.asarray(images), np.asarray(labels)
         if len(images) != len(labels) or reshape and images.shape[3:] != (1,):
             raise ValueError(f'images {list(images.shape)} and labels {list(self._labels.shape)}, '
-                             'expected as many, and images [n, rows, columns, 1] to reshape')
+                             'expected as many labels as images, and images [n, rows, columns, 1]')
         if reshape:
             images = images.reshape(len(images), images.shape[1] * images.shape[2])
 
@@ -388,11 +388,11 @@ def _fetch(path, url, fault, damaged=None):
 
 @contextlib.contextmanager
 def _written_in(folder, fault):
-    """Lets an OSError say that the folder cannot be written, and why that was tried."""
+    """Lets an OSError say that the folder cannot be written to, and why that was tried."""
     try:
         yield
     except OSError as error:
-        raise OSError(f'{fault}, and the folder {folder} cannot be written ({error.strerror}): '
+        raise OSError(f'{fault}, and the folder {folder} cannot be written to ({error.strerror}): '
                       'name another one') from error
 
 

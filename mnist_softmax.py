@@ -91,7 +91,7 @@ def parse_flags(argv):
     for name in ('max_steps', 'batch_size', 'learning_rate'):
         if not 0 < getattr(flags, name) <= float(tf.float32.max):
             raise ValueError(f'argument --{name}: {getattr(flags, name)} is not a number above 0 '
-                             'that float32 can hold')
+                             'and in the range of float32')
     return flags
 
 

@@ -10,7 +10,7 @@ const LAYERS = [  // tensor, number and side of its tiles, heading
   [FILTERS, 32, 5, 'First convolutional layer: 32 features, each from a patch of 5x5 pixels, '
     + 'found by these 32 filters'],
   ['conv1/Relu:0', 32, 28, 'Where it finds them'],
-  ['pool1/MaxPool:0', 32, 14, 'Pooling: of each 2x2 block, the largest is kept'],
+  ['pool1/MaxPool:0', 32, 14, 'Pooling: the largest value of each 2x2 block is kept'],
   ['conv2/Relu:0', 64, 14,
     'Second convolutional layer: 64 features of those 32, each from a patch of 5x5'],
   ['pool2/MaxPool:0', 64, 7, 'Pooling once more: 7x7 places are left']];
@@ -101,7 +101,7 @@ async function send(path, options) {
     () => {
       state = null;  // there is nothing to wait for
       training.textContent = '';
-      message.textContent = 'no answer: does extras.draw still run?';
+      message.textContent = 'no answer: is extras.draw still running?';
       return {message: message.textContent};
     });
   const now = answer.state ?? (answer.steps ? answer : null);
@@ -132,7 +132,7 @@ function showState(now) {
   note.textContent =
     finished ? 'The convolutional network has been trained before. You can also watch both '
       + 'networks learn from scratch, while you draw.'
-    : now.training ? 'Both begin knowing nothing. Draw a digit, and see from when on they read it. '
+    : now.training ? 'Both begin knowing nothing. Draw a digit, and see when they begin to read it. '
       + 'The training goes on when the page is closed; nothing of it is kept.'
     : `The training is over, after ${number} steps. Nothing of it is kept.`;
   learn.hidden = !finished;

@@ -298,11 +298,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status, found = 422, {}
         try:
             picture = open_picture(io.BytesIO(self.rfile.read(int(length))))
-            status = 200  # a picture, be it of a digit or not
+            status = 200  # a readable picture, even without a digit
             image = normalise(picture)
             if is_unlike_mnist(image):
-                found['message'] = ('not sure that it is a digit: it has more ink and bends than '
-                                    'those of MNIST')
+                found['message'] = ('this may not be a digit: it has more ink and bends than '
+                                    "MNIST's digits have")
         except TimeoutError:
             return self.refuse(408)
         except SeveralDigits as several:

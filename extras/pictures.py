@@ -20,7 +20,8 @@ try:
     from PIL import Image, ImageOps
     from scipy import ndimage
 except ImportError as error:
-    raise ImportError(f'{error}\nTo install what reads pictures: sh setup.sh extras') from None
+    raise ImportError(f'{error}\nTo install the packages that read pictures, run: '
+                      'sh setup.sh extras') from None
 
 VIEW = 224  # pixels: a picture is looked at in this size, or smaller
 NOTHING = 'no digit: nothing on it stands out as ink on paper does'
@@ -35,7 +36,8 @@ class SeveralDigits(ValueError):
     """
 
     def __init__(self, count, image):
-        super().__init__(f'{count} digits side by side, expected one: crop the picture to it')
+        super().__init__(f'{count} digits side by side, expected one: crop the picture to one '
+                         'digit')
         self.image = image
 
 

@@ -1,4 +1,4 @@
-"""Trains the network of `mnist_deep.py` on many machines, by TensorFlow itself.
+"""Trains the network of `mnist_deep.py` on many machines.
 
     python -m extras.replica --workers 2
 
@@ -341,8 +341,7 @@ def start_server(cluster, job, index):
         return tf.train.Server(cluster, job_name=job, task_index=index)
     except tf.errors.OpError as error:
         raise OSError(f'{cluster.task_address(job, index)}, the address of {job} {index}, cannot '
-                      'be used: is it taken, or that of another machine? '
-                      f'({model_dir.reason(error)})') from None
+                      f'be used: is its port taken? ({model_dir.reason(error)})') from None
 
 
 def answers(address):

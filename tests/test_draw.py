@@ -132,7 +132,7 @@ def test_a_scribble_is_answered_with_a_doubt_a_dot_not_at_all_and_digits_without
         assert status == 200
         answers.append(json.loads(body))
     assert len(answers[0]['deep']) == 10
-    assert answers[0]['message'].startswith('not sure that it is a digit')
+    assert answers[0]['message'].startswith('this may not be a digit')
     assert 'deep' not in answers[1] and answers[1]['message'].startswith('no digit')
     marked = sum(map(drawing_page.is_unlike_mnist, TEST.images))
     assert marked <= 0.001 * TEST.num_examples
@@ -610,6 +610,6 @@ def test_a_page_without_a_trained_network_learns_from_the_first_second(chromium,
     for name in ('learn', 'back'):
         assert not chromium.find_element('id', name).is_displayed()
     learner.kill()
-    until(lambda: 'does extras.draw still run' in text(chromium, 'message'))
+    until(lambda: 'is extras.draw still running' in text(chromium, 'message'))
     assert text(chromium, 'training') == ''
     chromium.get_log('browser')  # it says that the server is gone

@@ -177,7 +177,7 @@ def test_a_data_set_of_other_numbers_is_scaled_as_in_1x():
 
 @pytest.mark.parametrize('images, labels, message', [
     (np.zeros((3, 2, 2, 1)), np.zeros(4),
-     r'images \[3, 2, 2, 1\] and labels \[4\], expected as many'),
+     r'images \[3, 2, 2, 1\] and labels \[4\], expected as many labels as images'),
     (np.zeros((3, 4)), np.zeros(3), r'images \[3, 4\] .* \[n, rows, columns, 1\]'),
     (np.zeros((3, 2, 2, 3)), np.zeros(3), r'images \[3, 2, 2, 3\]')])
 def test_a_data_set_refuses_arrays_that_do_not_fit(images, labels, message):
@@ -687,7 +687,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_download(tmp_path, m
     (tmp_path / 'file').write_text('mine')
     for folder in (tmp_path / 'file', tmp_path / 'file' / 'folder'):
         with pytest.raises(OSError, match=f'{TRAIN_IMAGES} is missing, and the folder '
-                                          f'{folder} cannot be written .*: name another one'):
+                                          f'{folder} cannot be written to .*: name another one'):
             input_data.read_data_sets(folder)
     assert (tmp_path / 'file').read_text() == 'mine'
     assert not mirrors.requests
@@ -696,7 +696,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_download(tmp_path, m
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs a folder that not even root '
                     'can write')
 def test_a_folder_that_cannot_be_written_is_named(mirrors):
-    with pytest.raises(OSError, match='the folder /proc/self cannot be written'):
+    with pytest.raises(OSError, match='the folder /proc/self cannot be written to'):
         input_data.read_data_sets('/proc/self')
 
 

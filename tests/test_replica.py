@@ -424,7 +424,7 @@ def test_a_chief_or_master_is_worker_0(chief, monkeypatch):
 @pytest.mark.parametrize('flags, message', [
     (['--workers=0'], 'argument --workers: 0 is not a number above 0'),
     (['--workers=2', '--max_steps=0'], 'argument --max_steps: 0 is not a number above 0'),
-    (['--workers=1', '--data_dir=/dev/null/x'], 'the folder /dev/null/x cannot be written'),
+    (['--workers=1', '--data_dir=/dev/null/x'], 'the folder /dev/null/x cannot be written to'),
     (['--workers=1', '--model_dir=FOREIGN'], 'it holds letter.txt, and no checkpoint'),
     ([], '--model_dir: a cluster needs a folder')])
 def test_wrong_flags(flags, message, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ REFUSED = [
     (['--seed=one'], 'argument --seed: '),
     (['--steps=5'], 'unrecognized arguments: --steps=5'),
     (['5'], 'unrecognized arguments: 5'),
-    (['--data_dir=FILE'], 'and the folder FILE cannot be written (File exists): name another'),
+    (['--data_dir=FILE'], 'and the folder FILE cannot be written to (File exists): name another'),
     (['--data_dir=SMALL'], 'validation_size is 5000, expected 0 to 60'),
     (['--data_dir=OTHER'], ', 63) for Tensor '),
     (['--data_dir=DAMAGED'], 't10k-labels-idx1-ubyte.gz is damaged'),
