@@ -133,7 +133,7 @@ function showState(now) {
     finished ? 'The convolutional network has been trained before. You can also watch both '
       + 'networks learn from scratch, while you draw.'
     : now.training ? 'Both begin knowing nothing. Draw a digit, and see when they begin to read it. '
-      + 'The training goes on when the page is closed; nothing of it is kept.'
+      + 'The training goes on even if you close the page; nothing of it is kept.'
     : `The training is over, after ${number} steps. Nothing of it is kept.`;
   learn.hidden = !finished;
   back.hidden = finished || !trained;
@@ -211,7 +211,7 @@ function enlarge(tile) {
   large.getContext('2d').drawImage(tile, 0, 0);
   const strongest = found.strongest?.[tensor]?.[number];
   name.textContent =
-    tile.ariaLabel + (strongest === undefined ? '' : `: at most ${strongest.toFixed(2)}`);
+    tile.ariaLabel + (strongest === undefined ? '' : `: strongest value ${strongest.toFixed(2)}`);
   filter.hidden = !/^(conv1.Relu|pool1)/.test(tensor);
   filter.width = filter.height = 5;
   filter.getContext('2d').drawImage(document.getElementById(FILTERS).children[number % 32], 0, 0);
