@@ -235,8 +235,9 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
         return self.saves and (stopped or step >= self.flags.max_steps
                                or step // every > saved // every)
 
-    def save(self, step_context=None):  # which has the lost session, when this is done again
+    def save(self, step_context):
         """Saves a checkpoint, and returns the number of steps in it."""
+        # Done again after a server was lost, step_context would still have the session of before.
         self.checkpoints.save(self.session)
         return self.checkpoints.saved
 
@@ -281,10 +282,11 @@ def watch(workers):
         except KeyboardInterrupt as stopped:
             for each in workers:
                 each.stopped = True
-            if worker.saves and worker.session:
-                if not ends_within(10, trainings):  # it saves after its step
-                    with contextlib.suppress(tf.errors.AbortedError, tf.errors.UnavailableError):
-                        worker.save()
+            session = worker.session  # none while a parameter server is gone
+            if worker.saves and session and not ends_within(10, trainings):  # else it has saved
+                with contextlib.suppress(tf.errors.AbortedError, tf.errors.UnavailableError,
+                                         RuntimeError):  # or it was closed meanwhile
+                    worker.checkpoints.save(session)
             if worker.saves and worker.checkpoints and worker.checkpoints.saved:
                 stopped.args = (f'stopped at step {worker.checkpoints.saved}, kept in '
                                 f'{worker.flags.model_dir}'),

@@ -139,7 +139,10 @@ def few_digits(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-    """A model folder, and what the run of 200 steps printed; one for all of pytest's workers."""
+    """A model folder, and what the run of 200 steps printed; one for all of pytest's workers.
+
+    Beside the folder, trained.kilobytes has the most memory that it took.
+    """
     shared = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ:
         shared = shared.parent
@@ -147,9 +150,11 @@ def trained(tmp_path_factory):
     with open(shared / 'trained.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here for the first one
         if not printed.exists():
-            result = python('mnist_deep.py', '--max_steps=200', '--seed=1', '--model_dir', folder,
-                            '--learning_rate=5e-4', '--save_checkpoints_steps=75')
+            kilobytes, result = peak_kilobytes(
+                'mnist_deep.py', '--max_steps=200', '--seed=1', '--model_dir', folder,
+                '--learning_rate=5e-4', '--save_checkpoints_steps=75')
             assert (result.returncode, result.stderr) == (0, '')
+            (shared / 'trained.kilobytes').write_text(str(kilobytes))
             printed.write_text(result.stdout)
     return folder, printed.read_text()
 
@@ -236,10 +241,12 @@ def peak_kilobytes(*arguments, **options):
     """The most memory that a Python process takes, and its result."""
     # Measured from a small process: a child's peak begins with what its parent has.
     result = python('-c', 'import resource, subprocess, sys\n'
-                    'subprocess.run([sys.executable, *sys.argv[1:]])\n'
-                    'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)', *arguments,
-                    **options)
-    return int(result.stdout.splitlines()[-1]), result
+                    'code = subprocess.run([sys.executable, *sys.argv[1:]]).returncode\n'
+                    'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n'
+                    'sys.exit(code)', *arguments, **options)
+    *lines, kilobytes = result.stdout.splitlines(keepends=True)
+    result.stdout = ''.join(lines)
+    return int(kilobytes), result
 
 
 @pytest.fixture

@@ -408,16 +408,16 @@ def painted(page, tiles):
 
 def test_drawn_digits_are_read_and_cleared(page, trained):
     right = 0
-    for digit, number in enumerate(FIRST):
+    for digit in range(0, 10, 2):
         assert text(page, 'answer') == ''
-        draw(page, TEST.images[number])
+        draw(page, TEST.images[FIRST[digit]])
         wait_for_answer(page)
         right += text(page, 'answer') == str(digit)
-        if digit % 2:
+        if digit % 4:
             page.find_element('id', 'clear').click()
         else:
             page.find_element('tag name', 'body').send_keys('\ue00c')  # Escape
-    assert right >= 8  # of a network that has trained for 200 steps
+    assert right >= 4  # of 5, by a network that has trained for 200 steps
 
 
 def test_a_stroke_that_comes_while_the_paper_is_packed_is_asked_about_next(page):

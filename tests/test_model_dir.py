@@ -153,7 +153,7 @@ def test_resumed_with_a_seed_it_takes_up_the_order_of_the_minibatches(tmp_path, 
 
 
 @pytest.mark.parametrize('precision, every, last', [
-    ([], 7, 110), (['--bfloat16'], 1, 20)])
+    ([], 15, 110), (['--bfloat16'], 1, 20)])
 def test_a_killed_run_resumed_is_the_run_that_was_never_killed(precision, every, last, tmp_path,
                                                                few_digits, moments, capsys):
     flags = [*precision, '--seed=1', f'--max_steps={last}', f'--save_checkpoints_steps={every}',

@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import DATA, ENVIRONMENT, ROOT, own_lines, python, start
+from conftest import DATA, ENVIRONMENT, ROOT, own_lines, peak_kilobytes, start
 from photographs import Camera, drawn
 from PIL import Image
 from scipy import ndimage
@@ -654,15 +654,10 @@ def test_takes_at_most_1100_megabytes_with_a_photograph_of_12_megapixels(
     photo = Image.fromarray(photo.astype(np.uint8))
     photo.save(tmp_path / 'photo.jpg')
     photo.convert('RGBA').save(tmp_path / 'photo.png', compress_level=1)
-    # Measured from a small process: a child's peak begins with what its parent has.
-    result = python('-c', 'import resource, subprocess, sys\n'
-                    'subprocess.run([sys.executable, "-m", "extras.predict", "photo.jpg",'
-                    f' "photo.png", "--model_dir", "{model}"])\n'
-                    'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)', cwd=tmp_path,
-                    env={**ENVIRONMENT, 'PYTHONPATH': str(ROOT)})
+    kilobytes, result = peak_kilobytes('-m', 'extras.predict', tmp_path / 'photo.jpg',
+                                       tmp_path / 'photo.png', '--model_dir', model)
     assert 'photo.jpg: ' in result.stdout and 'photo.png: ' in result.stdout
-    assert result.stderr == ''
-    kilobytes = int(result.stdout.splitlines()[-1])
+    assert (result.returncode, result.stderr) == (0, '')
     assert 200e3 < kilobytes < 1.1e6
 
 

@@ -189,7 +189,8 @@ def test_two_workers_go_on_each_in_its_own_order(flags, passed_over, twelve_step
     shutil.copytree(twelve_steps, tmp_path / 'model')
     monkeypatch.setattr(mnist_deep, 'computes_in_bfloat16', lambda: False)
     drawn = watch_batches(monkeypatch)
-    output, errors = train('--workers=2', '--max_steps=120', f'--seed={2**32 - 1}', *flags)
+    output, errors = train('--workers=2', '--max_steps=120', f'--seed={2**32 - 1}',
+                           '--batch_size=5', '--learning_rate=1e-3', *flags)
     assert errors == ('--bfloat16: this CPU could only emulate it, slowly; training in float32\n'
                       if '--bfloat16' in flags else '') + 'going on from step 12 of 120\n'
     *lines, last = output.splitlines()
@@ -202,11 +203,11 @@ def test_two_workers_go_on_each_in_its_own_order(flags, passed_over, twelve_step
     monkeypatch.undo()
     orders = [input_data.read_data_sets(few_digits, one_hot=True, seed=seed).train
               for seed in (2**32 - 1, 0)]
-    firsts = [order.next_batch(20)[1].tolist() for order in orders]
+    firsts = [order.next_batch(5)[1].tolist() for order in orders]
     assert len(drawn) == 2
     for first, *others in drawn.values():
         order = orders[firsts.index(first)]
-        assert others == [order.next_batch(20)[1].tolist() for _ in others]
+        assert others == [order.next_batch(5)[1].tolist() for _ in others]
         assert len(others) > passed_over
 
     # And each other script goes on with what a cluster has kept.
@@ -446,7 +447,7 @@ def test_an_address_that_is_taken(job, monkeypatch):
         config = {'cluster': {**GOOD['cluster'], job: [address]}, 'task': {'type': job, 'index': 0}}
         monkeypatch.setenv('TF_CONFIG', json.dumps(config))
         with pytest.raises(OSError, match=f'^{address}, the address of {job} 0, cannot be used: is '
-                                          'it taken') as refused:
+                                          'its port taken') as refused:
             replica.main(['--model_dir=none'])
     assert '\n' not in str(refused.value)
 
