@@ -439,6 +439,18 @@ def parse_flags(argv):
     return flags
 
 
+def run():
+    """Runs main as a script does, and ends the process at once, whatever main has raised.
+
+    Python would wait for the other threads, and one of them may wait for a machine that is gone.
+    """
+    code = 1
+    try:
+        code = mnist_deep.run(main) or 0
+    except Exception:  # such as a broken pipe, where nobody takes the lines any more
+        sys.excepthook(*sys.exc_info())
+    os._exit(code)
+
+
 if __name__ == '__main__':
-    # At once: a thread of TensorFlow's may still wait for a machine that is gone.
-    os._exit(mnist_deep.run(main) or 0)
+    run()

@@ -85,7 +85,7 @@ class Cluster:
             flags = ['--model_dir', self.folder, *flags]
         process = start(
             '-c', 'import os, signal, time, mnist_deep\nfrom extras import replica\n'
-            f'{RESTING}\n{code}\nos._exit(mnist_deep.run(replica.main) or 0)',
+            f'{RESTING}\n{code}\nreplica.run()',
             *self.flags, *flags, env={**ENVIRONMENT, 'TF_CONFIG': config})
         self.processes.append(process)
         return process
@@ -378,6 +378,14 @@ def test_tasks_that_wait_say_for_whom_and_end_when_the_training_is_over(cluster,
         found, errors = process.communicate(timeout=120)
         assert (process.returncode, found) == (0, printed), errors
         assert errors.endswith(already)
+
+
+def test_a_worker_to_whose_lines_nobody_listens_any_more_ends(cluster):
+    worker = cluster(2, 10).start('worker', 1, code=IMPATIENT)
+    assert next_line(worker).startswith('waiting for')
+    worker.stderr.close()
+    assert worker.wait(60) == 1
+    worker.stderr = None
 
 
 # What is wrong is said in one line
