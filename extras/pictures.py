@@ -64,20 +64,15 @@ def normalise(picture):
         ValueError: no digit is found; or it is no picture, or too large.
     """
     grey = to_grey(picture)
-    if grey.size == (28, 28):
-        ink = np.abs(np.float32(grey) - grey.getpixel((0, 0)))
-        if is_normalised(ink):
-            return (ink / ink.max()).reshape(784)
-
+    whole = 0, 0, *grey.size
     try:
-        box, _, _ = find_digit(grey)
+        box, _, _ = find_digit(grey, whole)
     except ValueError:  # light and shadow may hide a small digit from a wide window
-        box, _, _ = find_digit(grey, 1 / 8)
-    grey = cut(grey, box, 0.35)
-    box, ink, digits = find_digit(grey)  # from near
+        box, _, _ = find_digit(grey, whole, 1 / 8)
+    box, ink, digits = find_digit(grey, grown(box, 0.35, grey.size))  # from near
     if is_frame(ink > 0):
         try:
-            return normalise(cut(grey, box, -0.12))
+            return normalise(grey.crop(grown(box, -0.12, grey.size)))
         except SeveralDigits:
             raise
         except ValueError:
@@ -114,26 +109,26 @@ def to_grey(picture):
     return Image.composite(grey, Image.new('L', grey.size, paper), opacity)
 
 
-def is_normalised(ink):
-    """Whether it is one of MNIST's images, or one made like them: float32 [28, 28], 0 is paper."""
-    corners = ink[[0, 0, -1, -1], [0, -1, 0, -1]]
-    return (ink.any() and not corners.any() and max(lengths(box_of(ink > 0))) <= 20
-            and np.abs(np.subtract(ndimage.center_of_mass(ink), 13.5)).max() < 1)
+def find_digit(grey, part, window=1 / 2):
+    """Finds the digit in a part of a picture.
 
-
-def find_digit(grey, window=1 / 2):
-    """Finds the digit in a Pillow image of grey levels; `find_ink` says what the window is.
+    Args:
+        grey: Pillow image of grey levels.
+        part: (left, top, right, bottom), in pixels.
+        window: see `find_ink`.
 
     Returns:
-        (left, top, right, bottom): where it is, in pixels.
+        (left, top, right, bottom): where it is, in pixels of the whole picture.
         ink: float32 array [height, width], that part in at most VIEW pixels: 0 is paper, 1 ink.
         digits: how many digits seem to stand there side by side.
     """
-    scale = max(1, max(grey.size) / VIEW)
-    width, height = (math.ceil(side / scale) for side in grey.size)
-    view = dark_on_light(np.asarray(grey.resize((width, height), Image.BOX), np.float32))
+    left, top, right, bottom = part
+    scale = max(1, max(right - left, bottom - top) / VIEW)
+    width, height = math.ceil((right - left) / scale), math.ceil((bottom - top) / scale)
+    view = grey.resize((width, height), Image.BOX, box=part)
+    view = dark_on_light(np.asarray(view, np.float32))
     ink, is_ink, contrast = find_ink(view, window)
-    is_digit, digits = digit_pieces(is_ink)
+    is_digit, digits = digit_pieces(is_ink, np.not_equal(part, (0, 0, *grey.size)))
 
     # Paper is on both sides of a stroke. What passes for ink at the edge of a shadow, or in noise,
     # is as dark as something beside it.
@@ -146,18 +141,18 @@ def find_digit(grey, window=1 / 2):
     rows, columns = box_of(is_digit)
     ink = np.pad(ink * near, 1)  # a stroke's grey edge belongs to it, too
     ink = ink[rows.start:rows.stop + 2, columns.start:columns.stop + 2]
-    x, y = grey.width / width, grey.height / height
-    box = columns.start * x, rows.start * y, columns.stop * x, rows.stop * y
+    x, y = (right - left) / width, (bottom - top) / height
+    box = (left + columns.start * x, top + rows.start * y,
+           left + columns.stop * x, top + rows.stop * y)
     return box, ink / ink.max(), digits
 
 
-def cut(grey, box, margin):
-    """A box of an image with a margin, which is a share of the box's longer side."""
+def grown(box, margin, size):
+    """A box with a margin, a share of its longer side, but within a picture of [width, height]."""
     left, top, right, bottom = box
     margin *= max(right - left, bottom - top)
-    return grey.crop((max(0, int(left - margin)), max(0, int(top - margin)),
-                      min(grey.width, math.ceil(right + margin)),
-                      min(grey.height, math.ceil(bottom + margin))))
+    return (max(0, int(left - margin)), max(0, int(top - margin)),
+            min(size[0], math.ceil(right + margin)), min(size[1], math.ceil(bottom + margin)))
 
 
 def dark_on_light(view):
@@ -209,16 +204,28 @@ def otsu_threshold(ink):
     return ink.min() + 1 + between.argmax()
 
 
-def digit_pieces(is_ink):
-    """Drops what is not the digit: bool [height, width] in and out, and the number of digits."""
+def digit_pieces(is_ink, goes_on):
+    """Drops what is not the digit.
+
+    Args:
+        is_ink: bool array [height, width].
+        goes_on: whether the picture goes on to the left, above, to the right and below.
+
+    Returns:
+        is_digit: bool array [height, width].
+        digits: how many digits seem to stand there side by side.
+    """
     numbers, count = ndimage.label(is_ink, TOUCHING)
     boxes = np.array([[(side.start, side.stop) for side in box]  # [count, 2, 2]: rows and columns
                       for box in ndimage.find_objects(numbers)])
     sizes, areas = boxes[..., 1] - boxes[..., 0], np.bincount(numbers.ravel())[1:]
 
-    # What runs along the border is the sheet's edge, or a shadow.
-    border = np.concatenate([numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]])
-    along = np.bincount(border, minlength=count + 1)[1:] > 0.5 * sizes.max(1)
+    # What runs along the border is the sheet's edge, or a shadow; what crosses the border of a part
+    # goes on outside, where no digit was found.
+    border = numbers[:, 0], numbers[0], numbers[:, -1], numbers[-1]
+    along = np.bincount(np.concatenate(border), minlength=count + 1)[1:] > 0.5 * sizes.max(1)
+    for side, more in zip(border, goes_on):
+        along[side[side > 0] - 1] |= more
     if along.all():
         along = areas > 0.4 * sizes.prod(1)  # a digit that is cut off does not fill its box
     is_ink = is_ink & np.append(False, ~along)[numbers]
@@ -229,7 +236,7 @@ def digit_pieces(is_ink):
     near = ndimage.distance_transform_edt(~is_ink) <= (pen_width(is_ink) + 1) / 2
     groups = ndimage.label(near, TOUCHING)[0] * is_ink
     areas = np.bincount(groups.ravel())[1:]
-    is_ink &= np.append(False, areas > 0.05 * areas.max())[groups]
+    is_ink &= np.append(False, areas > 0.02 * areas.max())[groups]
     kept = np.unique(numbers[is_ink]) - 1
 
     # What surrounds another piece that is not much smaller is a frame, or a cell of a form.
@@ -247,8 +254,8 @@ def digit_pieces(is_ink):
         end = max(end, stop)
 
     # The strokes of one digit may do so, too, if they are near and together no wider than high.
-    height, width = lengths(box_of(is_digit))
-    if width <= height:
+    rows, columns = box_of(is_digit)
+    if columns.stop - columns.start <= rows.stop - rows.start:
         digits = min(digits, np.unique(groups[is_digit]).size)
     return is_digit, digits
 
@@ -267,7 +274,7 @@ def is_frame(is_digit):
 
 
 def with_mnists_stroke(ink):
-    """Brings strokes that are thinner or thicker than MNIST's to its thinnest or thickest."""
+    """Makes strokes that are thinner than MNIST's as thick as MNIST's thinnest."""
     scale = math.ceil(80 / max(ink.shape))  # in few pixels there is little to measure
     if scale > 1:
         ink = Image.fromarray(np.pad(ink, 2))
@@ -275,40 +282,36 @@ def with_mnists_stroke(ink):
     size = max(ink.shape)
     ink = np.pad(ink, size // 10)
 
-    # A thin line may lie on two rows of pixels, half on each: 0.35 is ink, too. One in a hundred of
-    # MNIST's digits is thinner than 0.07 of its size, one in fifty thicker than 0.2.
+    # A thin line may lie on two rows of pixels, half on each: 0.35 is ink, too.
     is_ink = ink > 0.35
     width = pen_width(is_ink) / size
     if width > 0.375:
         raise ValueError('no digit: what stands out on it is a blot, not the strokes of a pen')
-    grow = (np.clip(width, 0.07, 0.2) - width) / 2 * size  # on each side
-    if grow > 0:
-        return np.maximum(ink, np.clip(1 + grow - ndimage.distance_transform_edt(~is_ink), 0, 1))
-    if grow < 0:
-        return np.minimum(ink, np.clip(grow + ndimage.distance_transform_edt(is_ink), 0, 1))
+    if width < 0.07:  # one in a hundred of MNIST's digits
+        grow = (0.07 - width) / 2 * size  # on each side
+        ink = np.maximum(ink, np.clip(1 + grow - ndimage.distance_transform_edt(~is_ink), 0, 1))
     return ink
 
 
 def in_28x28(ink):
-    """Scales ink to fit into 20x20, and places its centre of mass in the middle of 28x28."""
+    """Scales ink to fit into 20x20, and places its centre of mass in the middle of 28x28.
+
+    That is the pixel (14, 14), counted from 0: in MNIST's own images, the centre of mass is at most
+    half a pixel from it.
+    """
     ink = ink[box_of(ink > 0.3)].astype(np.float32)
-    height, width = (max(1, round(side * 20 / max(ink.shape))) for side in ink.shape)
-    digit = np.asarray(Image.fromarray(ink).resize((width, height), Image.BOX))
-    top, left = (min(max(round(13.5 - centre), 0), 28 - side)
-                 for centre, side in zip(ndimage.center_of_mass(digit), digit.shape))
-    image = np.zeros([28, 28], np.float32)
-    image[top:top + height, left:left + width] = digit / digit.max()
-    return image
+    size = max(ink.shape)
+    ink = np.pad(ink, size)
+    top, left = np.add(ndimage.center_of_mass(ink), 0.5) - 14.5 / 20 * size
+    side = 28 / 20 * size
+    image = np.asarray(Image.fromarray(ink).resize((28, 28), Image.BILINEAR,
+                                                   box=(left, top, left + side, top + side)))
+    return image / image.max()
 
 
 def box_of(mask):
     """The rows and the columns, two slices, of all True pixels."""
     return ndimage.find_objects(mask.astype(np.uint8))[0]
-
-
-def lengths(box):
-    """A box's height and width."""
-    return [side.stop - side.start for side in box]
 
 
 # Files.

@@ -113,7 +113,8 @@ def test_a_drawing_is_read_by_both_networks_and_the_layers_are_told(ask):
 def test_the_evidence_of_softmax_regression_is_where_the_ink_is(ask):
     answer = json.loads(ask('POST', '/read', png(TEST.images[FIRST[7]]))[2])
     evidence, ink = np.array(answer['evidence']), np.array(answer['image']) > 0
-    assert evidence.shape == (10, 28, 28) and not evidence[:, ~ink].any()
+    assert evidence.shape == (10, 28, 28)
+    assert np.abs(evidence[:, ~ink]).max() <= 1  # what is rounded to 0 in one may be 1 in the other
     assert np.mean(evidence[:, ink] != 0) > 0.9 and evidence.min() < 0 < evidence.max()
     exponentials = np.exp(answer['sums'])
     assert answer['softmax'] == pytest.approx(exponentials / exponentials.sum(), abs=1e-4)

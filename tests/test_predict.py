@@ -109,13 +109,14 @@ def png_file(width, height, data, depth=8, color=0):
 
 # To MNIST's form
 
-def test_mnists_own_digits_stay_what_they_are(network):
+def test_mnists_own_digits_are_read_as_they_are(network):
     images = [pictures.normalise(np.round(image * 255).astype(np.uint8).reshape(28, 28))
               for image in TEST.images[:2000]]
-    assert (network(images) == network(TEST.images[:2000])).mean() >= 0.995
-    # Most of them are recognised as MNIST's, and stay the same, but for their largest value.
-    assert np.mean([np.allclose(image, own, atol=0.05)
-                    for image, own in zip(images, TEST.images)]) > 0.95
+    right, right_directly = ((network(found) == TEST.labels[:2000]).mean()
+                             for found in (images, TEST.images[:2000]))
+    assert right >= 0.98 * right_directly > 0.85
+    assert np.quantile([np.corrcoef(image, own)[0, 1]
+                        for image, own in zip(images, TEST.images)], 0.01) > 0.8
 
 
 def test_pasted_digits_are_read_as_the_digits_themselves(network, camera):
@@ -128,19 +129,26 @@ def test_pasted_digits_are_read_as_the_digits_themselves(network, camera):
     right, right_directly = ((network(found) == TEST.labels[numbers]).mean()
                              for found in (images, TEST.images[numbers]))
     assert right >= 0.97 * right_directly > 0.85
+    # They are where MNIST has them: its centres of mass are rounded to whole pixels, ours are not.
+    apart = [np.subtract(centre(found), centre(own))
+             for found, own in zip(images, TEST.images[numbers])]
+    assert np.abs(np.mean(apart, 0)).max() < 0.1 and np.std(apart, 0).max() < 0.35
+
+
+def centre(image):
+    """The centre of mass of a float32 array [784]."""
+    return ndimage.center_of_mass(image.reshape(28, 28))
 
 
 @pytest.mark.parametrize('light_ink', [True, False])
 @pytest.mark.parametrize('size', [28, 100, 1000])
-def test_the_result_is_light_on_dark_20_high_and_centred(size, light_ink, camera):
+def test_the_result_is_light_on_dark_20_long_and_centred(size, light_ink, camera):
     image = pictures.normalise(camera.photograph(TEST.images[0], size, light_ink))
     assert image.dtype == np.float32 and image.shape == (784,)
     assert image.min() == 0 and image.max() == 1
-    image = image.reshape(28, 28)
-    box, = ndimage.find_objects(np.uint8(image > 0))
-    assert max(side.stop - side.start for side in box) == 20
-    for axis in (0, 1):
-        assert abs(image.sum(1 - axis) @ np.arange(28) / image.sum() - 13.5) <= 0.51
+    box, = ndimage.find_objects(np.uint8(image.reshape(28, 28) > 0.5))
+    assert 19 <= max(side.stop - side.start for side in box) <= 21
+    assert centre(image) == pytest.approx((14, 14), abs=0.05)
 
 
 @pytest.mark.parametrize('change', [
@@ -198,6 +206,8 @@ def test_a_piece_that_stands_apart_stays_and_specks_go():
     for row, column in ((3, 5), (190, 20), (100, 195), (8, 150)):
         page[row:row + 3, column:column + 3] = 0
     assert pictures.normalise(page) == pytest.approx(clean, abs=1e-3)
+    page[100:110, 120:127] = 0  # of a stroke that the pen hardly drew: a thirtieth of the ink
+    assert np.abs(pictures.normalise(page) - clean).max() > 0.5
 
 
 def test_a_stroke_broken_into_dots_is_no_specks():
@@ -348,6 +358,9 @@ def test_what_surrounds_the_digit_is_not_the_digit(digit):
     cell = np.asarray(page).copy()  # of a form, cut out with the next one's line
     cell[8:14] = cell[186:192] = cell[:, 6:12] = cell[:, 188:194] = 40
     assert same(cell, page) and same(cell[14:], page)
+    table = np.asarray(drawn(digit, 10, 110, (280, 200), (120, 45))).copy()
+    table[:, :12] = table[160:175] = 40  # beside the sheet and below it; then, it is light again
+    assert same(table, page)
     panel = np.full([280, 320], 255, np.uint8)
     panel[40:240, 60:260] = 225 - np.asarray(page) // 255 * 195
     assert same(panel, page)
