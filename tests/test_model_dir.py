@@ -430,8 +430,12 @@ def test_a_loss_that_is_no_number_ends_the_training_and_is_not_kept(train, tmp_p
 def test_a_signal_saves_what_there_is_and_the_exit_code_says_which(number, code, train, tmp_path,
                                                                    monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    signals_at({7: number}, monkeypatch)
-    assert mnist_deep.run(lambda: train('--max_steps=50')) == code
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    try:
+        signals_at({7: number}, monkeypatch)
+        assert mnist_deep.run(lambda: train('--max_steps=50')) == code
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
     assert capsys.readouterr().err == f'stopped at step 8, kept in {tmp_path / "model"}\n'
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     monkeypatch.undo()
