@@ -69,7 +69,7 @@ def normalise(picture):
         box, _, _ = find_digit(grey, whole)
     except ValueError:  # light and shadow may hide a small digit from a wide window
         box, _, _ = find_digit(grey, whole, 1 / 8)
-    box, ink, digits = find_digit(grey, grown(box, 0.35, grey.size))  # from near
+    box, ink, digits = find_digit(grey, box)  # from near
     if is_frame(ink > 0):
         try:
             return normalise(grey.crop(grown(box, -0.12, grey.size)))
@@ -109,26 +109,30 @@ def to_grey(picture):
     return Image.composite(grey, Image.new('L', grey.size, paper), opacity)
 
 
-def find_digit(grey, part, window=1 / 2):
+def find_digit(grey, box, window=1 / 2):
     """Finds the digit in a part of a picture.
 
     Args:
         grey: Pillow image of grey levels.
-        part: (left, top, right, bottom), in pixels.
+        box: (left, top, right, bottom), in pixels. The paper around it is looked at, too, but what
+            lies wholly outside of the box is not the digit.
         window: see `find_ink`.
 
     Returns:
-        (left, top, right, bottom): where it is, in pixels of the whole picture.
+        (left, top, right, bottom): where it is, in pixels.
         ink: float32 array [height, width], that part in at most VIEW pixels: 0 is paper, 1 ink.
         digits: how many digits seem to stand there side by side.
     """
-    left, top, right, bottom = part
+    left, top, right, bottom = part = grown(box, 0.35, grey.size)
     scale = max(1, max(right - left, bottom - top) / VIEW)
     width, height = math.ceil((right - left) / scale), math.ceil((bottom - top) / scale)
     view = grey.resize((width, height), Image.BOX, box=part)
     view = dark_on_light(np.asarray(view, np.float32))
     ink, is_ink, contrast = find_ink(view, window)
-    is_digit, digits = digit_pieces(is_ink, np.not_equal(part, (0, 0, *grey.size)))
+    x, y = (right - left) / width, (bottom - top) / height
+    inside = (slice(int((box[1] - top) / y), math.ceil((box[3] - top) / y)),
+              slice(int((box[0] - left) / x), math.ceil((box[2] - left) / x)))
+    is_digit, digits = digit_pieces(is_ink, inside)
 
     # Paper is on both sides of a stroke. What passes for ink at the edge of a shadow, or in noise,
     # is as dark as something beside it.
@@ -141,7 +145,6 @@ def find_digit(grey, part, window=1 / 2):
     rows, columns = box_of(is_digit)
     ink = np.pad(ink * near, 1)  # a stroke's grey edge belongs to it, too
     ink = ink[rows.start:rows.stop + 2, columns.start:columns.stop + 2]
-    x, y = (right - left) / width, (bottom - top) / height
     box = (left + columns.start * x, top + rows.start * y,
            left + columns.stop * x, top + rows.stop * y)
     return box, ink / ink.max(), digits
@@ -204,12 +207,12 @@ def otsu_threshold(ink):
     return ink.min() + 1 + between.argmax()
 
 
-def digit_pieces(is_ink, goes_on):
+def digit_pieces(is_ink, inside):
     """Drops what is not the digit.
 
     Args:
         is_ink: bool array [height, width].
-        goes_on: whether the picture goes on to the left, above, to the right and below.
+        inside: rows and columns, two slices; what lies wholly outside of them is dropped, too.
 
     Returns:
         is_digit: bool array [height, width].
@@ -220,23 +223,25 @@ def digit_pieces(is_ink, goes_on):
                       for box in ndimage.find_objects(numbers)])
     sizes, areas = boxes[..., 1] - boxes[..., 0], np.bincount(numbers.ravel())[1:]
 
-    # What runs along the border is the sheet's edge, or a shadow; what crosses the border of a part
-    # goes on outside, where no digit was found.
-    border = numbers[:, 0], numbers[0], numbers[:, -1], numbers[-1]
-    along = np.bincount(np.concatenate(border), minlength=count + 1)[1:] > 0.5 * sizes.max(1)
-    for side, more in zip(border, goes_on):
-        along[side[side > 0] - 1] |= more
-    if along.all():
-        along = areas > 0.4 * sizes.prod(1)  # a digit that is cut off does not fill its box
-    is_ink = is_ink & np.append(False, ~along)[numbers]
+    # What runs along the border is the sheet's edge, or a shadow.
+    border = np.concatenate([numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]])
+    other = np.bincount(border, minlength=count + 1)[1:] > 0.5 * sizes.max(1)
+    other |= ~np.isin(range(1, count + 1), numbers[inside])
+    if other.all():
+        other = areas > 0.4 * sizes.prod(1)  # a digit that is cut off does not fill its box
+    is_ink = is_ink & np.append(False, ~other)[numbers]
     if not is_ink.any():
         raise ValueError(NOTHING)
 
-    # What is nearer than the pen is wide belongs together. What is much smaller is a speck.
+    # What is nearer than the pen is wide belongs together. What is much smaller is a speck, unless
+    # the digit is around it: then a stroke is broken.
     near = ndimage.distance_transform_edt(~is_ink) <= (pen_width(is_ink) + 1) / 2
     groups = ndimage.label(near, TOUCHING)[0] * is_ink
     areas = np.bincount(groups.ravel())[1:]
-    is_ink &= np.append(False, areas > 0.02 * areas.max())[groups]
+    large = np.append(False, areas > 0.05 * areas.max())[groups]
+    among = np.zeros_like(is_ink)
+    among[box_of(large)] = True
+    is_ink &= large | among
     kept = np.unique(numbers[is_ink]) - 1
 
     # What surrounds another piece that is not much smaller is a frame, or a cell of a form.
