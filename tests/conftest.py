@@ -22,6 +22,7 @@ import pytest
 os.environ['OPENBLAS_NUM_THREADS'] = '1'  # more would wait in loops that take the other tests' time
 
 import numpy as np
+from forks import Fork
 
 import input_data
 
@@ -32,6 +33,9 @@ os.environ['no_proxy'] = '127.0.0.1'
 # A shell's background job ignores Ctrl-C, and so would all processes that the tests start from one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith('TF_')}
+FIRST_LINES = ('import input_data\n'  # of the scripts of others, as the guide has them
+               'import tensorflow.compat.v1 as tf; tf.disable_v2_behavior()\n')
+
 
 def idx(array):
     """What an IDX file of a uint8 array holds."""
@@ -107,6 +111,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Nothing on the tests' screen."""
 
 
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Undoes what a script that was run in this process does to Ctrl-C and SIGTERM."""
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in usual.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def server():
     """A server of the real files on loopback."""
@@ -133,7 +146,7 @@ def few_digits(tmp_path_factory):
     for name in NAMES:
         with open(DATA / name, 'rb') as f:
             array = input_data._read_idx(f, name)
-        write_idx(folder / name.removesuffix('.gz'), array[:6000 if 'train' in name else 500])
+        write_idx(folder / name, array[:6000 if 'train' in name else 500])
     return folder
 
 
@@ -193,6 +206,11 @@ def start(*arguments, **options):
     return subprocess.Popen([sys.executable, *map(str, arguments)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             **{'cwd': ROOT, 'env': ENVIRONMENT, **options})
+
+
+def fork(*arguments, **options):
+    """Starts a Python process as `start` does, with TensorFlow loaded."""
+    return Fork(*map(str, arguments), **{'cwd': ROOT, 'env': ENVIRONMENT, **options})
 
 
 def until(condition, process):

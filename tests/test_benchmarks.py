@@ -5,7 +5,7 @@ import subprocess
 import types
 
 import pytest
-from conftest import python
+from conftest import fork, python
 
 import mnist_deep
 from benchmarks import contestants, run
@@ -21,11 +21,19 @@ def results(trained, few_digits):
         arguments = json.loads(arguments)
         for name in {'flags', 'command'} & arguments.keys():  # of a script that trains
             arguments[name].append(f'--data_dir={few_digits}')
-        with mnist_deep.tf.Graph().as_default():
+        with mnist_deep.tf.Graph().as_default(), pytest.MonkeyPatch.context() as patch:
+            if function == 'evaluation':
+                patch.setattr(contestants, 'DATA', few_digits)
             found = getattr(contestants, function)(**arguments)
         return subprocess.CompletedProcess(command, 0, json.dumps(found), '')
+
+    def run_script(*arguments, script=contestants.run_script):
+        if arguments[0] != '-m':
+            return script(*arguments)
+        return contestants.timed(lambda: fork(*arguments).communicate())[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, 'subprocess', types.SimpleNamespace(run=contestant))
+        patch.setattr(contestants, 'run_script', run_script)
         return {name: benchmark(True, str(trained[0]))
                 for name, benchmark in run.BENCHMARKS.items()}
 

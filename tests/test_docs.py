@@ -1,6 +1,6 @@
 """The pages for readers: their Python runs in IPython, their commands, flags and links exist."""
 
-import importlib
+import importlib.metadata
 import itertools
 import pathlib
 import re
@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pexpect
 import pytest
-from conftest import DATA, ENVIRONMENT, ROOT, own_lines
+from conftest import DATA, ENVIRONMENT, FIRST_LINES, ROOT, own_lines
 from PIL import Image
 
 import mnist_deep
@@ -95,26 +95,25 @@ def folder(tmp_path_factory, trained):
 @pytest.fixture(scope='module')
 def shown(folder):
     """What IPython shows for each Python block, in each of the shells."""
-    return [paste([cell.replace('range(20000)', 'range(201)') for cell in cells], folder)
-            for cells in shells(ENGLISH)]
+    return [paste([cell.replace('range(20000)', 'range(101)') for cell in cells], folder)
+            for cells in shells(ENGLISH)[:3]]
 
 
 # Blocks of Python
 
 def test_a_shell_is_started_for_each_part_and_two_more():
     assert [len(cells) for cells in shells(ENGLISH)] == [13, 13, 4, 1]
+    # What other people's scripts begin with; tests/test_input_data.py runs it in a real program.
+    assert shells(ENGLISH)[3] == [FIRST_LINES]
 
 
 def test_every_block_runs_in_ipython_with_no_error_or_warning(shown):
-    for cells in shown[:3]:
-        for text in cells:
-            assert not re.search('error|warning|deprecated|traceback|oneDNN', text, re.IGNORECASE)
-    # The lines for other people's scripts don't keep TensorFlow quiet, but they run.
-    assert not re.search('Error:|Traceback', shown[3][0])
+    for text in itertools.chain(*shown):
+        assert not re.search('error|warning|deprecated|traceback|oneDNN', text, re.IGNORECASE)
 
 
 def test_blocks_that_promise_no_output_show_none(shown):
-    silent = [text.strip() for cells in shown[:3] for text in cells if not re.search(r'\d', text)]
+    silent = [text.strip() for cells in shown for text in cells if not re.search(r'\d', text)]
     assert set(silent) == {''}
     assert len(silent) == 30 - 5
 
@@ -126,10 +125,10 @@ def test_part_one_shows_its_accuracy(shown):
 def test_part_two_shows_its_training_and_its_accuracy(shown):
     lines = shown[1][-1].split('\n')
     lines = [line for line in lines if line.strip()]
-    assert [line.split(',')[0] for line in lines[:-1]] == ['step 0', 'step 100', 'step 200']
+    assert [line.split(',')[0] for line in lines[:-1]] == ['step 0', 'step 100']
     for line in lines[:-1]:
         assert re.fullmatch(r'step \d+, training accuracy [01](\.\d+)?', line)
-    assert float(re.fullmatch(r'test accuracy (0\.\d+)', lines[-1])[1]) > 0.85
+    assert float(re.fullmatch(r'test accuracy (0\.\d+)', lines[-1])[1]) > 0.75
 
 
 def test_the_restored_network_reads_both_digits_and_shows_its_features(shown):
@@ -159,9 +158,9 @@ def test_quick_commands_run(folder, monkeypatch, capsys):
     assert re.fullmatch(r'docs/digit\.png: 7 \(\d+\.\d%\)\n', capsys.readouterr().out)
     assert 'tf_upgrade_v2 --infile old.py --outfile new.py\n' in commands(ENGLISH)
     (folder / 'old.py').write_text('import tensorflow as tf\nx = tf.placeholder(tf.float32)\n')
-    tool = pathlib.Path(sys.executable).with_name('tf_upgrade_v2')
-    subprocess.run([tool, '--infile', 'old.py', '--outfile', 'new.py'], cwd=folder, check=True,
-                   capture_output=True)
+    monkeypatch.setattr(sys, 'argv', ['tf_upgrade_v2', '--infile', 'old.py', '--outfile', 'new.py'])
+    tool, = importlib.metadata.entry_points(group='console_scripts', name='tf_upgrade_v2')
+    tool.load()()
     assert 'tf.compat.v1.placeholder' in (folder / 'new.py').read_text()
 
 

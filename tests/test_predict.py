@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import DATA, ENVIRONMENT, ROOT, own_lines, peak_kilobytes, start
+from conftest import DATA, fork, own_lines, peak_kilobytes
 from photographs import Camera, drawn
 from PIL import Image
 from scipy import ndimage
@@ -111,9 +111,9 @@ def png_file(width, height, data, depth=8, color=0):
 
 def test_mnists_own_digits_are_read_as_they_are(network):
     images = [pictures.normalise(np.round(image * 255).astype(np.uint8).reshape(28, 28))
-              for image in TEST.images[:2000]]
-    right, right_directly = ((network(found) == TEST.labels[:2000]).mean()
-                             for found in (images, TEST.images[:2000]))
+              for image in TEST.images[:500]]
+    right, right_directly = ((network(found) == TEST.labels[:500]).mean()
+                             for found in (images, TEST.images[:500]))
     assert right >= 0.98 * right_directly > 0.85
     assert np.quantile([np.corrcoef(image, own)[0, 1]
                         for image, own in zip(images, TEST.images)], 0.01) > 0.8
@@ -121,7 +121,7 @@ def test_mnists_own_digits_are_read_as_they_are(network):
 
 def test_pasted_digits_are_read_as_the_digits_themselves(network, camera):
     random = np.random.RandomState(0)
-    numbers = random.permutation(10000)[:200]
+    numbers = random.permutation(10000)[:100]
     images = []
     for number in numbers:
         size = int(np.exp(random.uniform(np.log(28), np.log(1000))))
@@ -299,10 +299,10 @@ def test_png_of_1_2_4_and_8_bits(digit, mode, colors, tmp_path):
     assert same(tmp_path / 'page.png', page)
 
 
-@pytest.mark.parametrize('side', [28, 40, 64, 112, 280])
+@pytest.mark.parametrize('side', [28, 64, 280])
 def test_two_shades_are_enough(side, network):
     random = np.random.RandomState(0)
-    numbers = random.permutation(10000)[:200]
+    numbers = random.permutation(10000)[:100]
     images = []
     for number in numbers:
         page = np.uint8(np.round(255 - 255 * TEST.images[number].reshape(28, 28)))
@@ -653,8 +653,7 @@ def test_without_pillow_or_scipy_the_last_line_says_what_to_run(package, part, m
 
 
 def test_ctrl_c_is_one_line(folder, model):
-    process = start('-m', 'extras.predict', *['seven.png'] * 5000, '--model_dir', model, cwd=folder,
-                    env={**ENVIRONMENT, 'PYTHONPATH': str(ROOT)})
+    process = fork('-m', 'extras.predict', *['seven.png'] * 5000, '--model_dir', model, cwd=folder)
     assert process.stdout.readline().startswith('seven.png: 7')
     process.send_signal(signal.SIGINT)
     assert own_lines(process.communicate()[1]) == 'stopped\n'

@@ -11,7 +11,7 @@ import sys
 
 import pexpect
 import pytest
-from conftest import DATA, ENVIRONMENT, ROOT, python, start, watch_batches, write_data_set
+from conftest import DATA, ENVIRONMENT, ROOT, fork, python, watch_batches, write_data_set
 
 SCRIPTS = ['mnist_softmax.py', 'mnist_deep.py']
 both = pytest.mark.parametrize('script', SCRIPTS)
@@ -37,14 +37,6 @@ REFUSED = [
     (['--data_dir=OTHER'], ', 63) for Tensor '),
     (['--data_dir=DAMAGED'], 't10k-labels-idx1-ubyte.gz is damaged'),
 ]
-
-
-@pytest.fixture(autouse=True)
-def usual_ctrl_c():
-    """Undoes what mnist_deep.py, run as a script in this process, does to Ctrl-C."""
-    usual = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, usual)
 
 
 @pytest.fixture(scope='module')
@@ -141,13 +133,6 @@ def test_a_log_level_of_the_users_own_is_kept(script, monkeypatch):
         assert os.environ['TF_CPP_MIN_LOG_LEVEL'] == level
 
 
-@both
-def test_can_be_imported_without_running(script, capfd):
-    module = importlib.import_module(script.removesuffix('.py'))
-    assert callable(module.main)
-    assert capfd.readouterr() == ('', '')
-
-
 def test_the_same_seed_prints_the_same_in_any_process_and_thread_and_another_does_not(
         alone, few_digits, capsys):
     script, fresh = alone[0], alone[1].stdout
@@ -158,8 +143,6 @@ def test_the_same_seed_prints_the_same_in_any_process_and_thread_and_another_doe
         module.main([*flags, '--max_steps=10'])  # a run without a seed changes nothing
         assert mine.get_operations() == []
     capsys.readouterr()
-    module.main(['--seed=1', *flags])
-    assert capsys.readouterr().out == fresh
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(module.main, ['--seed=1', *flags]).result()
     assert capsys.readouterr().out == fresh
@@ -213,7 +196,7 @@ def test_ctrl_c_while_modules_still_load_is_as_in_any_python_script(script, modu
 
 
 def test_nothing_is_written_to_a_pipe_but_lines_as_they_come(few_digits):
-    process = start('mnist_deep.py', '--max_steps=1000000', '--data_dir', few_digits)
+    process = fork('mnist_deep.py', '--max_steps=1000000', '--data_dir', few_digits)
     assert process.stdout.readline().startswith('step 0, training accuracy ')
     process.terminate()
     assert process.communicate(timeout=60)[0] == ''
