@@ -50,6 +50,7 @@ Datasets = collections.namedtuple('Datasets', ['train', 'validation', 'test'])
 
 # Data sets that follow TensorFlow's seed draw from this; as in 1.x, each new one starts it afresh.
 _GRAPH_RANDOM = np.random.RandomState()
+_MAX_SEED = 2**31 - 1  # 1.x counts seeds up to here, and takes it in place of two zeros
 _TURNS = threading.Lock()  # a program's threads take turns, so that each example is drawn once
 
 
@@ -256,14 +257,20 @@ def maybe_download(filename, work_directory, source_url):
 
 
 def _generator(seed):
-    """What draws the orders, with 1.x's results; None: NumPy's global generator, as it is then."""
-    if seed is not None:
-        return np.random.RandomState(operator.index(seed) % (2**31 - 1))  # as 1.x did
+    """What draws the orders, with 1.x's results; None: NumPy's global generator, as it is then.
+
+    1.x's own rule is `get_seed` in tensorflow/python/framework/random_seed.py.
+    """
     tensorflow = sys.modules.get('tensorflow')  # if the program uses it
     graph_seed = tensorflow and tensorflow.compat.v1.get_default_graph().seed
+    if graph_seed is not None:
+        graph_seed %= _MAX_SEED
+    if seed is not None:
+        seed = operator.index(seed) % _MAX_SEED
+        return np.random.RandomState(_MAX_SEED if seed == graph_seed == 0 else seed)
     if graph_seed is None:
         return None
-    _GRAPH_RANDOM.seed(graph_seed % (2**31 - 1))
+    _GRAPH_RANDOM.seed(graph_seed)
     return _GRAPH_RANDOM
 
 

@@ -385,6 +385,17 @@ def test_a_seed_of_its_own_comes_before_tensorflows():
     assert part.next_batch(100)[1].tolist() == numbered(100, seed=3).next_batch(100)[1].tolist()
 
 
+@pytest.mark.parametrize('graph_seed, seed, batch', [  # what TensorFlow 1.15.5's own loader draws
+    (0, 0, [57, 8, 61, 93, 70]), (2**31 - 1, 0, [57, 8, 61, 93, 70]),
+    (0, 2**31 - 1, [57, 8, 61, 93, 70]), (5, 0, [26, 86, 2, 55, 75]),
+    (0, None, [26, 86, 2, 55, 75])])
+def test_two_seeds_of_0_are_another_one_as_in_1_15(graph_seed, seed, batch):
+    import tensorflow as tf
+    with tf.Graph().as_default():
+        tf.compat.v1.set_random_seed(graph_seed)
+        assert numbered(100, seed=seed).next_batch(5)[1].tolist() == batch
+
+
 def test_mnists_batches_follow_tensorflows_seed_in_a_real_program():
     result = python('-c', FIRST_LINES + """if True:
         import hashlib
