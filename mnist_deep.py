@@ -122,11 +122,12 @@ def train(flags):
         correct_prediction = tf.equal(tf.argmax(y_conv, 1), tf.argmax(y_, 1))
         accuracy = tf.reduce_mean(tf.cast(correct_prediction, tf.float32))
 
-    with tf.Session(config=session_config(flags.bfloat16)) as sess, kept_in(flags) as model_dir:
+    with tf.Session(config=session_config(flags.bfloat16)) as sess, kept_in(flags) as kept:
         sess.run(tf.global_variables_initializer())
         steps = range(flags.max_steps)
-        if model_dir:  # resumes and saves; evaluating its accuracy also writes for TensorBoard
-            steps, accuracy = model_dir.resume(mnist.train, cross_entropy, accuracy)
+        if kept:  # in --model_dir: from the last checkpoint on, and for TensorBoard
+            steps = kept.resume(mnist.train)
+            accuracy = kept.events.observe(accuracy, cross_entropy)
 
         # Train
         for i in progress(steps, flags.max_steps):
@@ -143,8 +144,8 @@ def train(flags):
             correct += correct_prediction.eval(feed_dict={
                 x: images, y_: labels, keep_prob: 1.0}).sum()
         print('test accuracy %g' % (correct / mnist.test.num_examples), flush=True)
-        if model_dir:
-            model_dir.write_mistakes(in_batches(mnist.test), x, y_, keep_prob, y_conv)
+        if kept:
+            kept.events.write_mistakes(in_batches(mnist.test), x, y_, keep_prob, y_conv)
 
 
 # The tutorial ends here. The rest is for the command line: test images in batches, the progress
@@ -192,7 +193,8 @@ def progress(steps, end):
 
 
 def kept_in(flags):
-    """What --model_dir adds, to be used as a context; None as the context without that flag."""
+    """The context of a training whose steps are kept in --model_dir; without that flag, it is None.
+    """
     if flags.model_dir is None:
         return contextlib.nullcontext()
     from model_dir import ModelDir  # which nothing else needs
@@ -258,6 +260,7 @@ def checked(flags):
 
 def run(main):
     """Runs a script's main, and turns its exceptions into one line; returns the exit code."""
+    sys.stderr = sys.stderr or open(os.devnull, 'w')  # noqa: SIM115 (None: it was closed)
     try:
         return main()
     except KeyboardInterrupt as stopped:  # those of model_dir have an exit code
@@ -265,6 +268,8 @@ def run(main):
         return getattr(stopped, 'exit_code', 130)
     except (OSError, ValueError) as error:
         print(f'{os.path.basename(sys.argv[0])}: error: {error}', file=sys.stderr)
+        if isinstance(error, BrokenPipeError):  # or Python would try once more, as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 2
 
 

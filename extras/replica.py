@@ -25,7 +25,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import os
-import signal
+import re
 import socket
 import sys
 import threading
@@ -67,82 +67,76 @@ def main(argv=None):
 
 def serve(cluster, server, index):
     """A parameter server: holds its share of the variables until all workers are done."""
-    terminated = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     # Asked for its size: a dequeue with a timeout, now and then, loses what it gets.
     chief_is_done = done_queue(index).size()
-    with tf.Session(server.target, config=reach_only(tf.ConfigProto(), 'ps', index)) as sess:
-        while not sess.run(chief_is_done) and not terminated.wait(0.1):
-            pass
-    # The workers may still be in a step. At SIGTERM, which a whole cluster gets at once, the chief
-    # saves first.
-    end = time.monotonic() + PATIENCE
-    while any(map(answers, cluster.job_tasks('worker'))) and time.monotonic() < end:
-        time.sleep(0.2)
-    return 128 + signal.SIGTERM if terminated.is_set() else 0
+    with model_dir.signals_held_back() as signals:
+        with tf.Session(server.target, config=reach_only(tf.ConfigProto(), 'ps', index)) as sess:
+            while not sess.run(chief_is_done) and not signals:
+                time.sleep(0.1)
+        # The workers may still be in a step. At a signal, which a whole cluster gets at once, the
+        # chief saves first.
+        end = time.monotonic() + PATIENCE
+        while any(map(answers, cluster.job_tasks('worker'))) and time.monotonic() < end:
+            time.sleep(0.2)
+    if signals:
+        raise model_dir.Stopped(signals[0])
+    return 0
 
 
 def work(worker):
     """A worker: trains its copy of the graph. Worker 0, the chief, also saves and evaluates."""
-    flags, cluster, index = worker.flags, worker.cluster, worker.index
-    workers, seed = cluster.num_tasks('worker'), flags.seed
-    if seed is not None:  # an order of minibatches, and a dropout, of its own
-        seed = (seed + index) % 2**32
-    mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=seed)
+    flags = worker.flags
+    mnist = input_data.read_data_sets(flags.data_dir, one_hot=True, seed=worker.seed)
 
     # The variables are placed on the parameter servers, all else on this worker.
-    with tf.Graph().as_default(), tf.device(tf.train.replica_device_setter(
-            cluster=cluster, worker_device=f'/job:worker/task:{index}')):
-        tf.set_random_seed(seed)
+    with tf.Graph().as_default(), tf.device(worker.placement()):
+        tf.set_random_seed(worker.seed)
+
+        # Create the model
         x = tf.placeholder(tf.float32, shape=[None, 784])
         y_ = tf.placeholder(tf.float32, shape=[None, 10])
         y_conv, keep_prob = mnist_deep.deepnn(x)
+
+        # Define loss and optimizer
         cross_entropy = tf.reduce_mean(
             tf.nn.softmax_cross_entropy_with_logits(labels=y_, logits=y_conv))
         correct_prediction = tf.equal(tf.argmax(y_conv, 1), tf.argmax(y_, 1))
         accuracy = tf.reduce_mean(tf.cast(correct_prediction, tf.float32))
-
-        optimizer = tf.train.AdamOptimizer(flags.learning_rate)
-        if flags.sync_replicas:
-            # Each step waits for the gradients of all workers, and takes their mean.
-            optimizer = tf.train.SyncReplicasOptimizer(optimizer, workers, workers)
-            worker.averaging = optimizer
+        optimizer = worker.optimizer()
         global_step = tf.train.get_or_create_global_step()
         with tf.name_scope('adam_optimizer'):
             train_step = optimizer.minimize(cross_entropy, global_step=global_step)
         with tf.control_dependencies([train_step]), tf.device(global_step.device):
             steps_done = global_step.read_value()  # there, after this step, not before
-        all_is_done = [done_queue(ps).enqueue(True) for ps in range(cluster.num_tasks('ps'))]
+        tell_servers = worker.tell_servers()
 
-        with tf.train.MonitoredSession(worker, [worker]) as sess:
+        with tf.train.MonitoredSession(worker, [worker]) as sess, worker.kept(sess):
             step = sess.run(global_step)
-            if seed is not None:  # in its order, each worker goes on after those of its steps
-                for _ in range(step if flags.sync_replicas else step // workers):
-                    mnist.train.next_batch(flags.batch_size)
-            if index > 0 and not flags.workers:
-                print(f'worker {index} joins at step {step}', file=sys.stderr)
+            worker.join(step, mnist.train)
 
-            shown, stopped = -100, False
-            while step < flags.max_steps and not stopped:
+            # Train
+            shown, stopping = -100, False
+            while step < flags.max_steps and not stopping:
                 batch = mnist.train.next_batch(flags.batch_size)
-                if index == 0 and step // 100 != shown // 100:
+                if worker.is_chief and step // 100 != shown // 100:
                     shown = step
                     train_accuracy = sess.run(accuracy, feed_dict={
                         x: batch[0], y_: batch[1], keep_prob: 1.0})
                     print('step %d, training accuracy %g' % (step, train_accuracy), flush=True)
                 step = sess.run([train_step, steps_done], feed_dict={
                     x: batch[0], y_: batch[1], keep_prob: 0.5})[1]
-                stopped = worker.stopped
-                if worker.save_is_due(step, stopped):  # again, if a server is lost meanwhile
+                stopping = worker.stopping.is_set()
+                if worker.save_is_due(step, stopping):  # again, if a server is lost meanwhile
                     step = sess.run_step_fn(worker.save)
 
-            if index == 0 and not stopped:
+            # Test the trained network
+            if worker.is_chief and not stopping:
                 correct = 0
                 for images, labels in mnist_deep.in_batches(mnist.test):
                     correct += sess.run(correct_prediction, feed_dict={
                         x: images, y_: labels, keep_prob: 1.0}).sum()
                 print('test accuracy %g' % (correct / mnist.test.num_examples), flush=True)
-                sess.run(all_is_done)
+                sess.run(tell_servers)
 
 
 # The tutorial ends here. The rest is for the cluster: sessions, checkpoints, waiting, addresses,
@@ -159,19 +153,81 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
 
     def __init__(self, flags, cluster, server, index, config):
         self.flags, self.cluster, self.server, self.index = flags, cluster, server, index
+        self.is_chief = index == 0
+        self.seed = flags.seed  # an order of minibatches, and a dropout, of its own
+        if self.seed is not None:
+            self.seed = (self.seed + index) % 2**32
         self.config = reach_only(config, 'worker', index)
-        self.saves = index == 0 and flags.model_dir is not None
-        self.session = self.checkpoints = None
+        self.checkpoints = None
         self.averaging = None  # tf.train.SyncReplicasOptimizer, with --sync_replicas
-        self.heard = None  # when the servers gave an answer for the last time, by time.monotonic
-        self.stopped = False  # whether this step is to be the last one
-        if self.saves:
-            self.lock = model_dir.claim(flags.model_dir)  # until this process ends
+        self.lock = None  # of the chief's folder, until this process ends
+        if self.is_chief and flags.model_dir is not None:
+            self.lock = model_dir.claim(flags.model_dir)
             model_dir.make_ready(flags.model_dir)
+
+        # What this worker's thread and the main one share.
+        self.session = None  # also while a parameter server is gone
+        self.heard = None  # when the servers gave an answer for the last time, by time.monotonic
+        self.stopping = threading.Event()  # set, this step is to be the last one
+
+    # What `work` adds to the tutorial.
+
+    def placement(self):
+        """The function that tells on which machine an operation is."""
+        return tf.train.replica_device_setter(
+            cluster=self.cluster, worker_device=f'/job:worker/task:{self.index}')
+
+    def optimizer(self):
+        """Adam; with --sync_replicas, each step waits for the gradients of all workers, and takes
+        their mean.
+        """
+        adam = tf.train.AdamOptimizer(self.flags.learning_rate)
+        if not self.flags.sync_replicas:
+            return adam
+        workers = self.cluster.num_tasks('worker')
+        self.averaging = tf.train.SyncReplicasOptimizer(adam, workers, workers)
+        return self.averaging
+
+    def tell_servers(self):
+        """The operations that tell the parameter servers that all is done."""
+        return [done_queue(ps).enqueue(True) for ps in range(self.cluster.num_tasks('ps'))]
+
+    def join(self, step, train):
+        """With --seed, goes on in the order of the minibatches after those of earlier steps."""
+        if self.seed is not None:
+            workers = 1 if self.flags.sync_replicas else self.cluster.num_tasks('worker')
+            for _ in range(step // workers):
+                train.next_batch(self.flags.batch_size)
+        if not self.is_chief and not self.flags.workers:
+            print(f'worker {self.index} joins at step {step}', file=sys.stderr)
+
+    @contextlib.contextmanager
+    def kept(self, session):
+        """In this context, a standard output that nobody takes any more costs no steps."""
+        try:
+            yield
+        except OSError:
+            if self.lock:
+                session.run_step_fn(self.save)
+            raise
+
+    def save_is_due(self, step, stopping):
+        """Whether the chief saves now, after `step` steps."""
+        every, saved = self.flags.save_checkpoints_steps, self.checkpoints.last_step
+        return self.lock and (stopping or step >= self.flags.max_steps
+                              or step // every > saved // every)
+
+    def save(self, step_context):
+        """Saves a checkpoint, and returns the number of steps in it."""
+        # Done again after a server was lost, step_context would still have the session of before.
+        self.checkpoints.save(self.session)
+        return self.checkpoints.last_step
+
+    # What TensorFlow calls.
 
     def begin(self):
         """Called when the graph is complete. Checkpoints have the names of mnist_deep.py."""
-        self.checkpoints = model_dir.Checkpoints(self.flags.model_dir, {
+        self.checkpoints = model_dir.Checkpoints(self.flags.model_dir, self.lock, {
             ('adam_optimizer/' if v.op.name.startswith('beta') else '') + v.op.name: v
             for v in tf.global_variables()})
         self.scaffold = tf.train.Scaffold(saver=self.checkpoints.saver)
@@ -186,9 +242,9 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
             self.session = None
             print('a parameter server was lost; training goes on from the last checkpoint as soon '
                   'as it is back', file=sys.stderr)
-        path = self.checkpoints.find() if self.saves else None
+        path = self.checkpoints.find() if self.lock else None
         self.scaffold.finalize()
-        if self.index == 0:
+        if self.is_chief:
             if self.averaging:
                 with tf.Session(self.server.target, config=self.config) as session:
                     self.takes_over = not len(
@@ -202,12 +258,12 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
                 ready_for_local_init_op=self.scaffold.ready_for_local_init_op,
                 recovery_wait_secs=1).wait_for_session(self.server.target, self.config)
         if path:
-            print(f'going on from step {self.checkpoints.saved} of {self.flags.max_steps}',
+            print(f'going on from step {self.checkpoints.last_step} of {self.flags.max_steps}',
                   file=sys.stderr)
         return self.session
 
     def after_create_session(self, session, coord):
-        if self.averaging and self.index == 0:
+        if self.averaging and self.is_chief:
             session.run(self.averaging.chief_init_op)
             if self.takes_over:  # the step at which the last chief, or session, ended is lost
                 session.run(self.release_all)
@@ -228,18 +284,6 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
 
     def after_run(self, run_context, run_values):
         self.heard = time.monotonic()
-
-    def save_is_due(self, step, stopped):
-        """Whether the chief saves now, after `step` steps."""
-        every, saved = self.flags.save_checkpoints_steps, self.checkpoints.saved
-        return self.saves and (stopped or step >= self.flags.max_steps
-                               or step // every > saved // every)
-
-    def save(self, step_context):
-        """Saves a checkpoint, and returns the number of steps in it."""
-        # Done again after a server was lost, step_context would still have the session of before.
-        self.checkpoints.save(self.session)
-        return self.checkpoints.saved
 
     def needs(self):
         """The tasks without which this worker cannot go on: dict, name and address -> address."""
@@ -262,39 +306,79 @@ def watch(workers):
     """
     worker = workers[0]
     pool = concurrent.futures.ThreadPoolExecutor(len(workers))
-    with model_dir.signals_handled(stop):
-        trainings = [pool.submit(work, each) for each in workers]
-        try:
-            alone = 0  # how many times in a row
-            while not ends_within(PATIENCE, trainings):
-                if not worker.heard or time.monotonic() < worker.heard + PATIENCE:
-                    continue
-                needs = worker.needs()
-                gone = [name for name, address in needs.items() if not answers(address)]
-                print('waiting for', ' and '.join(gone) or f'an answer of {", or ".join(needs)}',
-                      file=sys.stderr, flush=True)
-                alone = alone + 1 if len(gone) == len(needs) else 0
-                if alone and is_trained(worker.flags):
-                    return end_alone(worker)
-                if alone == LAST_LINE and worker.index > 0:
-                    raise OSError('the parameter servers and the chief are gone: the training has '
-                                  'ended, or failed')
-        except KeyboardInterrupt as stopped:
-            for each in workers:
-                each.stopped = True
-            session = worker.session  # none while a parameter server is gone
-            if worker.saves and session and not ends_within(10, trainings):  # else it has saved
-                with contextlib.suppress(tf.errors.AbortedError, tf.errors.UnavailableError,
-                                         RuntimeError):  # or it was closed meanwhile
-                    worker.checkpoints.save(session)
-            if worker.saves and worker.checkpoints and worker.checkpoints.saved:
-                stopped.args = (f'stopped at step {worker.checkpoints.saved}, kept in '
-                                f'{worker.flags.model_dir}'),
-            raise
-        finally:
-            if worker.saves:
-                worker.lock.close()
-    return 0
+    try:
+        with model_dir.signals_held_back() as signals:
+            trainings = [pool.submit(work, each) for each in workers]
+            try:
+                is_over = wait(worker, trainings, signals)
+                if signals:
+                    raise model_dir.Stopped(signals[0])
+            except BaseException as error:  # of a signal, or of whatever else ends the training
+                keep(workers, trainings)
+                if worker.lock and worker.checkpoints and isinstance(error, KeyboardInterrupt):
+                    error.args = (worker.checkpoints.what_is_kept(),)
+                raise
+        return end_alone(worker) if is_over else 0
+    finally:
+        if worker.lock:
+            worker.lock.close()
+
+
+def wait(worker, trainings, signals):
+    """Waits until the first training is done, or a signal has come; tells what it waits for.
+
+    Returns:
+        True if nobody else is there any more, and the training is over.
+
+    Raises:
+        OSError: nobody else is there any more; or what a training has raised.
+    """
+    alone = 0  # how many times in a row
+    while not is_done_within(PATIENCE, trainings, signals):
+        if not worker.heard or time.monotonic() < worker.heard + PATIENCE:
+            continue
+        needs = worker.needs()
+        gone = [name for name, address in needs.items() if not answers(address)]
+        print('waiting for', ' and '.join(gone) or f'an answer of {", or ".join(needs)}',
+              file=sys.stderr, flush=True)
+        alone = alone + 1 if len(gone) == len(needs) else 0
+        if alone and is_trained(worker.flags):
+            return True
+        if alone == LAST_LINE and not worker.is_chief:
+            raise OSError('the parameter servers and the chief are gone: the training has '
+                          'ended, or failed')
+    return False
+
+
+def is_done_within(seconds, trainings, signals):
+    """Whether the first training ends, or a signal comes, within so many seconds.
+
+    They are waited for in parts. A signal may reach any thread, and the main one, which handles it,
+    then learns of it only when it goes on by itself. What a training has raised is raised again.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        ended = concurrent.futures.wait(trainings, 0.1).done
+        for training in ended:
+            training.result()  # raises its error
+        if trainings[0] in ended or signals:
+            return True
+    return False
+
+
+def keep(workers, trainings):
+    """Ends the trainings, and sees to it that the chief saves, also if its step waits for ever."""
+    for worker in workers:
+        worker.stopping.set()
+    chief, session = workers[0], workers[0].session  # none while a parameter server is gone
+    if not chief.lock or not session:
+        return
+    if concurrent.futures.wait(trainings[:1], 10).done:
+        trainings[0].result()  # it has saved, or tells why not
+        return
+    with contextlib.suppress(tf.errors.AbortedError, tf.errors.UnavailableError,
+                             RuntimeError):  # or the session was closed meanwhile
+        chief.checkpoints.save(session)
 
 
 def is_trained(flags):
@@ -308,7 +392,7 @@ def end_alone(worker):
 
     The chief tests the network, as `mnist_deep.py` does. Returns the exit code.
     """
-    if worker.index == 0:
+    if worker.is_chief:
         worker.lock.close()  # for the test takes it
         with tf.Graph().as_default():
             mnist_deep.train(worker.flags)
@@ -316,25 +400,6 @@ def end_alone(worker):
         path = model_dir.checkpoints(worker.flags.model_dir)[0]
         print(f'trained for {model_dir.steps_of(path)} steps already', file=sys.stderr)
     return 0
-
-
-def ends_within(seconds, trainings):
-    """Whether the first one ends in so many seconds; raises what any of them has raised.
-
-    They are waited for in parts. A signal may reach any thread, and the main one, which handles it,
-    then learns of it only when it goes on by itself.
-    """
-    end = time.monotonic() + seconds
-    while not trainings[0].done() and time.monotonic() < end:
-        for training in concurrent.futures.wait(trainings, 0.1).done:
-            training.result()
-    return trainings[0].done() and trainings[0].result() is None
-
-
-def stop(number, _):
-    """Handles a signal: ends what the main thread does. The second one ends the process at once."""
-    signal.signal(number, signal.SIG_DFL)
-    raise model_dir.Stopped(number)
 
 
 def start_server(cluster, job, index):
@@ -414,8 +479,14 @@ def read_tf_config():
             job = 'worker'
         elif job == 'worker':
             index += len(chiefs)
-        cluster = tf.train.ClusterSpec({'ps': jobs['ps'],
-                                        'worker': chiefs + jobs.get('worker', [])})
+        jobs = {'ps': jobs['ps'], 'worker': chiefs + jobs.get('worker', [])}
+        for name, addresses in jobs.items():
+            if not addresses:
+                raise ValueError(f'the job "{name}" has no address')
+            for address in addresses:
+                if not re.fullmatch(r'.+:[0-9]+', address):
+                    raise ValueError(f'{address} is not "host:port"')
+        cluster = tf.train.ClusterSpec(jobs)
         cluster.task_address(job, index)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'TF_CONFIG is {text!r}, expected JSON as in --help: a cluster of '

@@ -527,7 +527,7 @@ def test_mistakes_that_are_missing_are_written_by_a_run_that_only_evaluates(trai
     def stopped(*args):
         raise KeyboardInterrupt
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(model_dir.ModelDir, 'write_mistakes', stopped)
+        context.setattr(model_dir.Events, 'write_mistakes', stopped)
         train('--max_steps=2')
     for _ in range(2):  # the second time, there is nothing to add
         train('--max_steps=2')
