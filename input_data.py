@@ -51,7 +51,10 @@ Datasets = collections.namedtuple('Datasets', ['train', 'validation', 'test'])
 # Data sets that follow TensorFlow's seed draw from this; as in 1.x, each new one starts it afresh.
 _GRAPH_RANDOM = np.random.RandomState()
 _MAX_SEED = 2**31 - 1  # 1.x counts seeds up to here, and takes it in place of two zeros
-_TURNS = threading.Lock()  # a program's threads take turns, so that each example is drawn once
+_LOCK = threading.RLock()  # a program's threads take turns, so that each example is drawn once
+if hasattr(os, 'register_at_fork'):  # or a child might find it locked, for ever
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release,
+                        after_in_child=_LOCK.release)
 
 
 def read_data_sets(train_dir, fake_data=False, one_hot=False, dtype=np.float32, reshape=True,
@@ -160,7 +163,10 @@ class DataSet:
 
     @property
     def _images(self):
-        with _TURNS:
+        """All images. Who has them may write into them: from now on they are this data set's own,
+        and of its dtype.
+        """
+        with _LOCK:
             if self._as_bytes:
                 self._pixels, self._as_bytes = _scale(self._pixels), False
             elif not self._pixels.flags.writeable:  # the training and validation sets share it
@@ -169,7 +175,7 @@ class DataSet:
 
     @_images.setter
     def _images(self, images):
-        with _TURNS:
+        with _LOCK:
             self._pixels, self._as_bytes = np.asarray(images), False
             if len(images) != len(self._order):
                 self._order = np.arange(len(images))
@@ -194,7 +200,7 @@ class DataSet:
             return np.ones((batch_size, 784), np.float32), labels
 
         # The batch's rows: a slice of this epoch's order and, if that ends, of the next ones'.
-        with _TURNS:
+        with _LOCK:
             if shuffle and self._index_in_epoch == self._epochs_completed == 0:
                 self._shuffle()
             start, n = self._index_in_epoch, self._num_examples
@@ -388,7 +394,8 @@ def _fetch(path, url, fault, damaged=None):
             aside = f'{damaged}.damaged-{time.time_ns()}'
             with contextlib.suppress(FileNotFoundError):  # another process has repaired it
                 os.rename(damaged, aside)
-                print(f'{fault}; set aside as {aside}, downloaded again', file=sys.stderr)
+                print(f'{fault}; set aside as {aside}, downloaded again',
+                      file=sys.stderr or io.StringIO())  # None: a program without one
         os.replace(part, path)
     return array
 
