@@ -13,11 +13,12 @@ import ctypes
 import io
 import math
 import os
+import re
 
 import numpy as np
 
 try:
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, ImageStat
     from scipy import ndimage
 except ImportError as error:
     raise ImportError(f'{error}\nTo install the packages that read pictures, run: '
@@ -63,7 +64,20 @@ def normalise(picture):
         SeveralDigits: a ValueError; more than one digit is found.
         ValueError: no digit is found; or it is no picture, or too large.
     """
-    grey = to_grey(picture)
+    picture = as_picture(picture)
+    try:
+        return normalise_grey(to_grey(picture))
+    except SeveralDigits:
+        raise
+    except ValueError:
+        channel = strongest_channel(picture)
+        if channel is None:
+            raise
+        return normalise_grey(channel)
+
+
+def normalise_grey(grey):
+    """Does for a Pillow image of grey levels what `normalise` does."""
     whole = 0, 0, *grey.size
     try:
         box, _, _ = find_digit(grey, whole)
@@ -72,7 +86,7 @@ def normalise(picture):
     box, ink, digits = find_digit(grey, box)  # from near
     if is_frame(ink > 0):
         try:
-            return normalise(grey.crop(grown(box, -0.12, grey.size)))
+            return normalise_grey(grey.crop(grown(box, -0.12, grey.size)))
         except SeveralDigits:
             raise
         except ValueError:
@@ -83,19 +97,23 @@ def normalise(picture):
     return image
 
 
-def to_grey(picture):
-    """Turns what `normalise` takes into a Pillow image of grey levels."""
+def as_picture(picture):
+    """Turns what `normalise` takes into a Pillow image."""
     if isinstance(picture, (str, os.PathLike)):
-        picture = open_picture(picture)
-    elif not isinstance(picture, Image.Image):
-        picture = np.asarray(picture)
-        shape = picture.shape
-        if picture.dtype != np.uint8 or not picture.size or not (
-                len(shape) == 2 or len(shape) == 3 and shape[2] <= 4):
-            raise ValueError(f'picture is {picture.dtype} {list(shape)}, expected uint8 [height, '
-                             'width] or [height, width, 1 to 4 channels]')
-        picture = Image.fromarray(picture[..., 0] if shape[2:] == (1,) else picture)
+        return open_picture(picture)
+    if isinstance(picture, Image.Image):
+        return picture
+    picture = np.asarray(picture)
+    shape = picture.shape
+    if picture.dtype != np.uint8 or not picture.size or not (
+            len(shape) == 2 or len(shape) == 3 and shape[2] <= 4):
+        raise ValueError(f'picture is {picture.dtype} {list(shape)}, expected uint8 [height, '
+                         'width] or [height, width, 1 to 4 channels]')
+    return Image.fromarray(picture[..., 0] if shape[2:] == (1,) else picture)
 
+
+def to_grey(picture):
+    """Turns a Pillow image into one of grey levels."""
     if picture.mode[0] in 'IF':  # integers or floats of any range
         levels = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
         levels = (levels - levels.min()) / max(np.ptp(levels) / 255, 1e-9)
@@ -107,6 +125,17 @@ def to_grey(picture):
     counts = grey.histogram(opacity)  # of the levels that can be seen
     paper = 0 if sum(counts[128:]) > sum(counts[:128]) else 255  # what the ink is not
     return Image.composite(grey, Image.new('L', grey.size, paper), opacity)
+
+
+def strongest_channel(picture):
+    """The channel in which ink and paper differ most; None if the picture has no colours.
+
+    A red and a green of one brightness are one grey level.
+    """
+    if picture.mode not in ('RGB', 'P') or 'transparency' in picture.info:
+        return None
+    channels = picture.convert('RGB').split()
+    return max(channels, key=lambda channel: ImageStat.Stat(channel).stddev[0])
 
 
 def find_digit(grey, box, window=1 / 2):
@@ -218,43 +247,66 @@ def digit_pieces(is_ink, inside):
         is_digit: bool array [height, width].
         digits: how many digits seem to stand there side by side.
     """
-    numbers, count = ndimage.label(is_ink, TOUCHING)
-    boxes = np.array([[(side.start, side.stop) for side in box]  # [count, 2, 2]: rows and columns
+    is_ink = without_edges(is_ink, inside)
+    groups = near_pieces(is_ink)
+    is_digit = without_frames(without_specks(is_ink, groups))
+    return is_digit, count_digits(is_digit, groups)
+
+
+def pieces_of(is_ink):
+    """The pieces of ink: their numbers [height, width] from 1 on, 0 is paper; boxes [n, 2, 2], rows
+    and columns; sizes [n, 2].
+    """
+    numbers, _ = ndimage.label(is_ink, TOUCHING)
+    boxes = np.array([[(side.start, side.stop) for side in box]
                       for box in ndimage.find_objects(numbers)])
-    sizes, areas = boxes[..., 1] - boxes[..., 0], np.bincount(numbers.ravel())[1:]
+    return numbers, boxes, boxes[..., 1] - boxes[..., 0]
 
-    # What runs along the border is the sheet's edge, or a shadow.
+
+def without_edges(is_ink, inside):
+    """Drops what runs along the border, the sheet's edge or a shadow, and what is not inside."""
+    numbers, _, sizes = pieces_of(is_ink)
+    areas = np.bincount(numbers.ravel())[1:]
     border = np.concatenate([numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]])
-    other = np.bincount(border, minlength=count + 1)[1:] > 0.5 * sizes.max(1)
-    other |= ~np.isin(range(1, count + 1), numbers[inside])
-    if other.all():
-        other = areas > 0.4 * sizes.prod(1)  # a digit that is cut off does not fill its box
-    is_ink = is_ink & np.append(False, ~other)[numbers]
-    if not is_ink.any():
+    is_edge = np.bincount(border, minlength=len(areas) + 1)[1:] > 0.5 * sizes.max(1)
+    is_edge |= ~np.isin(range(1, len(areas) + 1), numbers[inside])
+    if is_edge.all():
+        is_edge = areas > 0.4 * sizes.prod(1)  # a digit that is cut off does not fill its box
+    if is_edge.all():
         raise ValueError(NOTHING)
+    return is_ink & np.append(False, ~is_edge)[numbers]
 
-    # What is nearer than the pen is wide belongs together. What is much smaller is a speck, unless
-    # the digit is around it: then a stroke is broken.
+
+def near_pieces(is_ink):
+    """Numbers [height, width] of what belongs together: it is nearer than the pen is wide."""
     near = ndimage.distance_transform_edt(~is_ink) <= (pen_width(is_ink) + 1) / 2
-    groups = ndimage.label(near, TOUCHING)[0] * is_ink
+    return ndimage.label(near, TOUCHING)[0] * is_ink
+
+
+def without_specks(is_ink, groups):
+    """Drops what is much smaller, unless the digit is around it: then a stroke is broken."""
     areas = np.bincount(groups.ravel())[1:]
     large = np.append(False, areas > 0.05 * areas.max())[groups]
     among = np.zeros_like(is_ink)
     among[box_of(large)] = True
-    is_ink &= large | among
-    kept = np.unique(numbers[is_ink]) - 1
+    return ndimage.binary_propagation(is_ink & (large | among), TOUCHING, mask=is_ink)
 
-    # What surrounds another piece that is not much smaller is a frame, or a cell of a form.
-    (tops, bottoms), (lefts, rights) = boxes[kept].transpose(1, 2, 0)[..., np.newaxis]
-    heights = bottoms - tops
-    surrounds = (tops < tops.T) & (bottoms > bottoms.T) & (lefts < lefts.T) & (rights > rights.T)
-    kept = kept[~(surrounds & (heights.T > 0.4 * heights)).any(1)]
-    is_digit = np.isin(numbers, kept + 1)
 
-    # Digits stand side by side: they share no column, and none is much taller than another.
-    columns, heights = boxes[kept, 1], sizes[kept, 0]
+def without_frames(is_ink):
+    """Drops what surrounds a piece that is not much smaller: a frame, or a cell of a form."""
+    numbers, boxes, sizes = pieces_of(is_ink)
+    heights = sizes[:, 0]
+    frames = [((box[:, 0] < boxes[..., 0]) & (box[:, 1] > boxes[..., 1])).all(1)
+              & (heights > 0.4 * height) for box, height in zip(boxes, heights)]
+    return is_ink & np.append(False, ~np.any(frames, 1))[numbers]
+
+
+def count_digits(is_digit, groups):
+    """Digits stand side by side: they share no column, and none is much taller than another."""
+    _, boxes, sizes = pieces_of(is_digit)
+    heights = sizes[:, 0]
     digits = end = 0
-    for start, stop in sorted(columns[heights >= 0.5 * heights.max()].tolist()):
+    for start, stop in sorted(boxes[heights >= 0.5 * heights.max(), 1].tolist()):
         digits += start >= end
         end = max(end, stop)
 
@@ -262,7 +314,7 @@ def digit_pieces(is_ink, inside):
     rows, columns = box_of(is_digit)
     if columns.stop - columns.start <= rows.stop - rows.start:
         digits = min(digits, np.unique(groups[is_digit]).size)
-    return is_digit, digits
+    return digits
 
 
 def pen_width(is_ink):
@@ -321,8 +373,9 @@ def box_of(mask):
 
 # Files.
 
-MAX_PIXELS = 50_000_000  # a picture that promises more is not unpacked
-MAX_BYTES = 100_000_000  # nor is a larger file read
+MAX_BYTES = 100_000_000  # a larger file is not read
+MAX_PIXELS, MAX_SIDE = 50_000_000, 65_535  # nor is a picture that promises more unpacked
+MAX_SCANS = 100  # nor a JPEG that comes in more parts: cameras and programs write at most 20
 KINDS = ('PNG', 'JPEG', 'GIF', 'BMP', 'WEBP', 'TIFF')  # of the many that Pillow knows
 
 with contextlib.suppress(AttributeError, OSError):  # it may have no libtiff, or hide it
@@ -353,10 +406,12 @@ def open_picture(file):
         raise ValueError(f'{len(body):,} bytes, expected 1 to {MAX_BYTES:,}')
     try:
         picture = Image.open(io.BytesIO(body), formats=KINDS)
-        if picture.width * picture.height > MAX_PIXELS:
+        if picture.width * picture.height > MAX_PIXELS or max(picture.size) > MAX_SIDE:
             raise ValueError(f'it has {picture.width:,} x {picture.height:,} pixels, expected at '
-                             f'most {MAX_PIXELS:,}')
-        picture.draft('L', (4 * VIEW, 4 * VIEW))
+                             f'most {MAX_PIXELS:,}, and {MAX_SIDE:,} on a side')
+        if picture.format == 'JPEG' and has_more_scans(body, MAX_SCANS):
+            raise ValueError(f'it has more than {MAX_SCANS} scans, expected at most 20 or so')
+        picture.draft(None, (4 * VIEW, 4 * VIEW))
         return ImageOps.exif_transpose(picture)
     except Image.UnidentifiedImageError:
         found = f'begins with {body[:12]!r}'
@@ -366,3 +421,20 @@ def open_picture(file):
                          ) from None
     except Exception as error:  # of all kinds, if a file is damaged
         raise ValueError(f'it cannot be unpacked: {error}; save it anew as JPEG or PNG') from None
+
+
+def has_more_scans(body, most):
+    """Whether the first image in a JPEG file's bytes has more than so many scans.
+
+    The segments of a JPEG (ITU-T T.81, annex B) begin with FF and a marker, and most of them with
+    their length. DA begins a scan, in whose data FF is followed by 00 or by a restart, D0 to D7; D9
+    ends the image.
+    """
+    place = scans = 0
+    while scans <= most:
+        marker = re.compile(rb'\xff([^\x00\x01\xd0-\xd8\xff])').search(body, place)
+        if not marker or marker[1] == b'\xd9':
+            return False
+        scans += marker[1] == b'\xda'
+        place = marker.end() + int.from_bytes(body[marker.end():marker.end() + 2], 'big')
+    return True

@@ -45,8 +45,9 @@ def main(argv=None):
             for name in flags.pictures[first:first + 100]:
                 seen = None
                 try:
-                    seen = to_grey(open_picture(sys.stdin.buffer if name == '-' else name))
-                    seen = normalise(seen)
+                    picture = open_picture(standard_input() if name == '-' else name)
+                    seen = to_grey(picture)
+                    seen = normalise(picture)
                     images.append(seen)
                     names.append(name)
                 except (OSError, ValueError) as error:
@@ -71,6 +72,13 @@ def answer(probabilities):
 
 
 # The tutorial ends here. The rest is for files and flags.
+
+
+def standard_input():
+    """The binary standard input; OSError: it is closed."""
+    if sys.stdin is None:
+        raise OSError('standard input is closed')
+    return sys.stdin.buffer
 
 
 def show(seen, name, folder):
@@ -119,4 +127,6 @@ def parse_flags(argv):
 
 
 if __name__ == '__main__':
+    if sys.stdout:  # a name that it cannot show as it is
+        sys.stdout.reconfigure(errors='backslashreplace')
     sys.exit(mnist_deep.run(main))

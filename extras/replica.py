@@ -483,6 +483,8 @@ def read_tf_config():
         for name, addresses in jobs.items():
             if not addresses:
                 raise ValueError(f'the job "{name}" has no address')
+            if isinstance(addresses, dict):  # one with numbers from 0 on has become a list
+                raise ValueError(f'the addresses of the job "{name}" are not a list')
             for address in addresses:
                 if not re.fullmatch(r'.+:[0-9]+', address):
                     raise ValueError(f'{address} is not "host:port"')

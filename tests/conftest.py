@@ -32,7 +32,8 @@ NAMES = tuple(f'{name}.gz' for name in input_data._FILES)
 os.environ['no_proxy'] = '127.0.0.1'
 # A shell's background job ignores Ctrl-C, and so would all processes that the tests start from one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith('TF_')}
+ENVIRONMENT = {name: value for name, value in os.environ.items()  # as on most machines
+               if not name.startswith('TF_') and name not in ('PYTHONPATH', 'PYTHONUNBUFFERED')}
 FIRST_LINES = ('import input_data\n'  # of the scripts of others, as the guide has them
                'import tensorflow.compat.v1 as tf; tf.disable_v2_behavior()\n')
 
@@ -241,18 +242,42 @@ def watch_batches(monkeypatch, event=lambda number: None):
     return drawn
 
 
+class Disk:
+    """The folder "model" of a test on a small disk of its own, which can be full.
+
+    Only root can make a disk. For others, the kernel refuses to let a file grow, as it would there.
+    """
+
+    def __init__(self, folder):
+        folder.mkdir()
+        self.folder = folder
+        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.is_mounted = subprocess.run(
+            ['mount', '-t', 'tmpfs', '-o', 'size=250m', 'tmpfs', folder],
+            capture_output=True, check=False).returncode == 0
+        self.reason = 'No space left on device' if self.is_mounted else 'File too large'
+
+    def fill(self):
+        if not self.is_mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, self.limits[1]))
+            return
+        with contextlib.suppress(OSError), open(self.folder / '.filler', 'wb', 0) as filler:
+            while True:
+                filler.write(bytes(1 << 16))
+
+    def empty(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+        (self.folder / '.filler').unlink(missing_ok=True)
+
+
 @pytest.fixture
-def full_disk():
-    """In this context no file grows beyond a megabyte: the kernel refuses it, as on a full disk."""
-    @contextlib.contextmanager
-    def full_disk():
-        usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, usual[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-    return full_disk
+def disk(tmp_path):
+    """A `Disk`; the test's folder "model" is on it."""
+    disk = Disk(tmp_path / 'model')
+    yield disk
+    disk.empty()
+    if disk.is_mounted:
+        subprocess.run(['umount', '-l', disk.folder], check=True)
 
 
 def peak_kilobytes(*arguments, **options):

@@ -1,7 +1,11 @@
-"""Python processes with TensorFlow loaded, which takes three seconds: they are forked from one that
-has done nothing else with it. What is about the loading itself is tested with real starts.
+"""Python processes that have TensorFlow loaded already, which takes each one three seconds.
+
+The standard library's fork server loads it once; each process is forked from that one, which has
+done nothing else. They are processes like all others, with signals, kills and exit codes of their
+own. What is about starting and ending Python itself is tested with real starts (`conftest.start`).
 """
 
+import multiprocessing.forkserver
 import multiprocessing.reduction
 import os
 import pathlib
@@ -12,18 +16,24 @@ import threading
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['forks', 'extras.replica', 'extras.predict'])
 TESTS = pathlib.Path(__file__).resolve().parent
-os.environ['PYTHONPATH'] = f'{TESTS}:{TESTS.parent}'  # where it finds them
 
 
 class Fork(FORKS.Process):
-    """A process, with what the tests ask of subprocess.Popen."""
+    """A Python process, with what the tests ask of a subprocess.Popen.
 
-    def __init__(self, *arguments, cwd, env, own_session=False):
+    Args:
+        arguments: as after `python`: -c and code, -m and a module, or a script; then its own.
+        cwd, env: its working folder and environment.
+        start_new_session: whether signals to the tests' process group do not reach it.
+    """
+
+    def __init__(self, *arguments, cwd, env, start_new_session=False):
         pipes = [os.pipe() for _ in range(2)]
-        super().__init__(daemon=True, target=become, args=(
-            arguments, cwd, env, own_session,
+        super().__init__(daemon=True, target=become_python, args=(
+            arguments, cwd, env, start_new_session,
             [multiprocessing.reduction.DupFd(write) for _, write in pipes]))
-        super().start()
+        start_server()
+        self.start()
         for _, write in pipes:
             os.close(write)
         self.stdout, self.stderr = (os.fdopen(read) for read, _ in pipes)
@@ -53,11 +63,22 @@ class Fork(FORKS.Process):
         return said.get(self.stdout), said.get(self.stderr)
 
 
-def become(arguments, cwd, environment, own_session, pipes):
-    """Goes on as `python` does with these arguments: -c, -m, or a script."""
+def start_server():
+    """Starts the fork server, unless it runs; it alone has this PYTHONPATH."""
+    usual = os.environ.get('PYTHONPATH')
+    os.environ['PYTHONPATH'] = f'{TESTS}:{TESTS.parent}'
+    multiprocessing.forkserver.ensure_running()
+    del os.environ['PYTHONPATH']
+    if usual is not None:
+        os.environ['PYTHONPATH'] = usual
+
+
+def become_python(arguments, cwd, environment, start_new_session, pipes):
+    """What a fork does: it goes on as `python` would with these arguments."""
     for number, pipe in enumerate(pipes, 1):
         os.dup2(pipe.detach(), number)
-    if own_session:
+    sys.stdout, sys.stderr = open(1, 'w'), open(2, 'w', 1)  # noqa: SIM115 (until it ends)
+    if start_new_session:
         os.setsid()
     os.chdir(cwd)
     os.environ.clear()

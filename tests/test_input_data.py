@@ -486,6 +486,31 @@ def test_threads_draw_each_example_once_an_epoch():
     assert np.bincount(np.concatenate(drawn)).tolist() == [4 * 2000 * 4 // 20] * 20
 
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='a system without forks')
+def test_a_child_that_is_forked_while_threads_draw_can_draw_too():
+    part, over = numbered(1000, seed=1), threading.Event()
+
+    def draw():
+        while not over.is_set():
+            part.next_batch(997)
+    threads = [threading.Thread(target=draw) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(30):
+            child = os.fork()
+            if not child:
+                signal.alarm(20)  # which ends one that waits for ever
+                part.next_batch(5)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(60)
+
+
+
 def test_a_data_set_can_be_copied_and_pickled():
     import tensorflow as tf
     with tf.Graph().as_default():

@@ -1,15 +1,17 @@
 """What --model_dir adds to mnist_deep.py: stopping and going on, checkpoints, TensorBoard."""
 
+import fcntl
 import os
 import pathlib
 import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 
 import pytest
-from conftest import DATA, fork, next_line, own_lines, watch_batches
+from conftest import DATA, fork, next_line, own_lines, start, watch_batches
 
 import input_data
 import mnist_deep
@@ -224,10 +226,12 @@ def test_a_folder_with_something_else_is_refused_and_left(name, content, few_dig
     assert files(tmp_path) == {name: content}
 
 
-def test_a_volumes_own_folder_and_dot_files_are_no_content(train, tmp_path):
+def test_what_a_disk_or_a_system_puts_there_is_no_content(train, tmp_path):
     folder = tmp_path / 'model'
-    (folder / 'lost+found').mkdir(parents=True)
-    (folder / '.DS_Store').write_bytes(b'Bud1')
+    for name in ('lost+found', 'System Volume Information', '$RECYCLE.BIN', '@eaDir'):
+        (folder / name).mkdir(parents=True)
+    for name in ('.DS_Store', 'desktop.ini', 'Thumbs.db'):
+        (folder / name).write_bytes(b'Bud1')
     assert 'test accuracy' in train('--max_steps=1').out
     assert train('--max_steps=1').err == 'trained for 1 steps already\n'
 
@@ -343,29 +347,48 @@ def test_weights_that_are_no_numbers_are_passed_over_as_damaged(four_steps, trai
     assert second == 'going on from step 2 of 4'
 
 
-def test_a_full_disk_costs_the_last_steps_alone(train, tmp_path, full_disk, capsys):
+def test_a_full_disk_costs_the_last_steps_alone(train, disk, monkeypatch, capsys):
     train('--max_steps=2')
-    with full_disk(), pytest.raises(OSError) as refused:
-        train('--max_steps=5', '--save_checkpoints_steps=1')
+    watch_batches(monkeypatch, lambda step: step == 2 and disk.fill())
+    with pytest.raises(OSError) as refused:
+        train('--max_steps=9', '--save_checkpoints_steps=3')
     assert str(refused.value) == (
-        f'--model_dir {tmp_path / "model"}: the checkpoint of step 3 cannot be saved (File too '
-        'large); that of step 2 is kept')
-    assert list((tmp_path / 'model').glob('*tempstate*')) == []
+        f'--model_dir {disk.folder}: the checkpoint of step 6 cannot be saved ({disk.reason}); '
+        'that of step 3 is kept')
+    assert list(disk.folder.glob('*tempstate*')) == []
+    monkeypatch.undo()
+    disk.empty()
     capsys.readouterr()
+    assert train('--max_steps=4').err == 'going on from step 3 of 4\n'
+
+
+def test_a_disk_that_is_full_before_is_told_before_the_first_step(train, disk):
+    train('--max_steps=2')
+    disk.fill()
+    with pytest.raises(OSError) as refused:
+        train('--max_steps=5')
+    assert str(refused.value) == (f'--model_dir {disk.folder}: nothing can be written for '
+                                  f'TensorBoard ({disk.reason})')
+    disk.empty()
     assert train('--max_steps=3').err == 'going on from step 2 of 3\n'
 
 
-@pytest.fixture
-def no_room_for_events(monkeypatch):
-    """The events of TensorBoard meet a full disk, which checkpoints, say by a quota, do not."""
-    def full(*arguments, **options):
+def test_on_a_full_disk_a_trained_network_is_tested(four_steps, train, disk):
+    for path in four_steps.iterdir():
+        if not path.name.startswith('events'):
+            shutil.copy(path, disk.folder)
+    disk.fill()
+    output, errors = train('--max_steps=4')
+    assert output.startswith('test accuracy 0.')
+    assert errors.splitlines() == ['trained for 4 steps already', (
+        f'--model_dir {disk.folder}: nothing can be written for TensorBoard ({disk.reason})')]
+
+
+def test_if_the_events_alone_meet_a_full_disk_the_training_ends_in_one_line_and_is_kept(
+        train, tmp_path, monkeypatch):
+    def full(*arguments):  # as a quota on that file could: no disk is full for it alone
         raise tf.errors.ResourceExhaustedError(None, None, 'model/x; No space left on device')
-    for name in ('add_summary', 'flush', 'close'):
-        monkeypatch.setattr(tf.summary.FileWriter, name, full)
-
-
-def test_if_no_events_can_be_written_the_training_ends_in_one_line_and_is_kept(
-        train, tmp_path, no_room_for_events):
+    monkeypatch.setattr(tf.summary.FileWriter, 'add_summary', full)
     with pytest.raises(OSError) as refused:
         train('--max_steps=5')
     assert str(refused.value) == (f'--model_dir {tmp_path / "model"}: nothing can be written for '
@@ -373,15 +396,54 @@ def test_if_no_events_can_be_written_the_training_ends_in_one_line_and_is_kept(
     assert (tmp_path / 'model' / 'mnist_deep.ckpt-1.index').exists()
 
 
-def test_if_no_events_can_be_written_a_trained_network_is_tested(four_steps, train, tmp_path,
-                                                                 no_room_for_events):
-    for path in shutil.copytree(four_steps, tmp_path / 'model').glob('events*'):
-        path.unlink()
-    output, errors = train('--max_steps=4')
-    assert output.startswith('test accuracy 0.')
-    assert errors.splitlines() == ['trained for 4 steps already', (
-        f'--model_dir {tmp_path / "model"}: nothing can be written for TensorBoard (No space left '
-        'on device)')]
+@pytest.mark.parametrize('made_anew', [False, True])
+def test_a_folder_that_is_removed_meanwhile_ends_the_training_and_is_left(made_anew, train,
+                                                                          tmp_path, monkeypatch,
+                                                                          capsys):
+    folder = tmp_path / 'model'
+
+    def remove():
+        shutil.rmtree(folder)
+        if made_anew:  # and another training has begun there
+            folder.mkdir()
+            (folder / '.lock').touch()
+    watch_batches(monkeypatch, lambda step: step == 7 and remove())
+    code = mnist_deep.run(lambda: train('--max_steps=200', '--save_checkpoints_steps=5'))
+    assert code == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.endswith(f'--model_dir {folder}: it was removed, or made anew, while this training '
+                         'used it, so nothing more is kept there; name another folder')
+    assert (files(folder) == {'.lock': b''}) if made_anew else not folder.exists()
+
+
+def test_a_folder_that_is_removed_while_it_is_locked_is_refused(train, tmp_path, monkeypatch):
+    def remove_first(*arguments, lock=fcntl.flock):
+        shutil.rmtree(tmp_path / 'model')
+        return lock(*arguments)
+    monkeypatch.setattr(fcntl, 'flock', remove_first)
+    with pytest.raises(OSError, match='it was removed, or made anew'):
+        train('--max_steps=5')
+
+
+@pytest.mark.parametrize('hidden', ['', 'mnist_deep.ckpt-4.index',
+                                    'mnist_deep.ckpt-4.data-00000-of-00001'])
+def test_without_permission_to_read_it_that_is_said(hidden, four_steps):
+    with tempfile.TemporaryDirectory(dir='/tmp') as everyones:
+        os.chmod(everyones, 0o755)
+        folder = shutil.copytree(four_steps, f'{everyones}/model')
+        os.chmod(os.path.join(folder, hidden), 0)
+        mnist_deep.deepnn(tf.placeholder(tf.float32, shape=[None, 784]))
+        is_root = os.geteuid() == 0  # who may read everything: let somebody else read it
+        with tf.Session(), pytest.raises(OSError, match=f'^--model_dir {folder}: Permission denied:'
+                                         '.* may not be read; ask its owner'):
+            try:
+                if is_root:
+                    os.seteuid(65534)
+                model_dir.restore_newest(folder)
+            finally:
+                if is_root:
+                    os.seteuid(0)
+                os.chmod(folder, 0o755)
 
 
 def test_event_files_that_cannot_be_read_are_passed_over(four_steps, train, tmp_path):
@@ -462,12 +524,57 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path, few_digits):
     assert process.returncode == -signal.SIGINT
 
 
+# Saves as usual, and gets more signals meanwhile.
+SIGNALS_WHILE_IT_SAVES = """
+import signal, input_data, mnist_deep, model_dir
+draw, save = input_data.DataSet.next_batch, model_dir.tf.train.Saver.save
+def next_batch(*arguments):
+    signal.raise_signal(signals[0])
+    return draw(*arguments)
+def saves(*arguments, **options):
+    for number in signals[1:]:
+        signal.raise_signal(number)
+    return save(*arguments, **options)
+input_data.DataSet.next_batch, model_dir.tf.train.Saver.save = next_batch, saves
+raise SystemExit(mnist_deep.run(mnist_deep.main))
+"""
+
+
+@pytest.mark.parametrize('signals, code', [
+    ((signal.SIGHUP, signal.SIGHUP), 129),  # as a terminal that is closed sends it
+    ((signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM), 143),
+    ((signal.SIGINT, signal.SIGINT), -signal.SIGINT)])  # a person who does not want to wait
+def test_only_a_second_ctrl_c_ends_it_while_it_saves(signals, code, tmp_path, few_digits):
+    folder = tmp_path / 'model'
+    process = fork('-c', f'signals = {tuple(map(int, signals))}\n{SIGNALS_WHILE_IT_SAVES}',
+                   '--data_dir', few_digits, '--model_dir', folder)
+    errors = own_lines(process.communicate(timeout=60)[1])
+    assert process.returncode == code
+    kept = [f'stopped at step 1, kept in {folder}'] if code > 0 else []
+    assert errors.splitlines() == kept
+    assert (folder / 'mnist_deep.ckpt-1.index').exists() == bool(kept)
+
+
+def test_an_exception_of_others_leaves_the_usual_signals_behind_though_it_is_kept(train,
+                                                                                  monkeypatch):
+    usual = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def fail(step):
+        if step == 2:
+            raise RuntimeError('not ours')
+    watch_batches(monkeypatch, fail)
+    with pytest.raises(RuntimeError) as kept:  # as a shell keeps it, with all its frames
+        train('--max_steps=5')
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == usual
+    assert kept.tb is not None
+
+
 def test_when_nobody_takes_its_output_it_saves_and_ends(tmp_path, few_digits, train):
-    process = fork('mnist_deep.py', '--max_steps=100000', '--batch_size=5',
-                   '--data_dir', few_digits, '--model_dir', tmp_path / 'model')
+    process = start('mnist_deep.py', '--max_steps=100000', '--batch_size=5',
+                    '--data_dir', few_digits, '--model_dir', tmp_path / 'model')
     assert process.stdout.readline().startswith('step 0,')
     process.stdout.close()  # as by `| head -1`
-    process.wait(60)
+    assert process.wait(60) == 2
     assert own_lines(process.stderr.read()) == 'mnist_deep.py: error: [Errno 32] Broken pipe\n'
     assert train('--max_steps=100').err == 'trained for 100 steps already\n'
 
@@ -482,11 +589,11 @@ def test_when_its_output_is_full_it_ends(few_digits, monkeypatch):
             full.close()
 
 
-def test_a_closed_standard_error_changes_nothing(train, tmp_path, monkeypatch):
-    output = train('--max_steps=3', '--seed=1').out
-    shutil.rmtree(tmp_path / 'model')
+def test_a_closed_standard_error_changes_nothing(train, monkeypatch):
+    output, again = train('--max_steps=3', '--seed=1').out, []
     monkeypatch.setattr(sys, 'stderr', None)  # as Python has it after 2>&-
-    assert train('--max_steps=3', '--seed=1').out == output and 'test accuracy' in output
+    mnist_deep.run(lambda: again.append(train('--max_steps=3', '--seed=1').out))
+    assert again == [output.splitlines(keepends=True)[-1]]  # no notice that it was trained already
 
 
 # TensorBoard

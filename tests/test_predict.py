@@ -79,7 +79,14 @@ def folder(tmp_path_factory):
     (folder / 'large.png').write_bytes(png_file(10000, 6000, zlib.compress(bytes(1000))))
     (folder / 'bomb.gif').write_bytes(b'GIF89a' + struct.pack('<HH', 60000, 60000) + bytes(3)
                                       + b',' + bytes(9) + b'\2\0;')
-    (folder / 'long.png').write_bytes(png_file(1, 5_000_000, zlib.compress(bytes(10_000_000))))
+    (folder / 'long.png').write_bytes(png_file(1, 5_000_000, zlib.compress(bytes(1000))))
+    (folder / 'tall.png').write_bytes(png_file(1, 5000, zlib.compress(bytes(10_000))))
+    seven.save(folder / 'seven, progressive.jpg', progressive=True)
+    body = (folder / 'seven, progressive.jpg').read_bytes()[:-2]
+    scan = bytes.fromhex('ffda 0008 0101 0001 3f00')  # of no pixel, and yet of the whole picture
+    (folder / 'scans.jpg').write_bytes(body + 200 * scan + b'\xff\xd9')
+    # FF 01 has no length, whatever follows it: a reader that skips one passes over the scans.
+    (folder / 'hidden scans.jpg').write_bytes(body + b'\xff\x01' + 200 * scan + b'\xff\xd9')
     noise = np.random.RandomState(0).randint(0, 256, (200, 200))
     for name, levels in (('pixel', [[7]]), ('white', np.full([200, 200], 255)),
                          ('black', np.zeros([200, 200])), ('noise', noise)):
@@ -154,6 +161,7 @@ def test_the_result_is_light_on_dark_20_long_and_centred(size, light_ink, camera
 @pytest.mark.parametrize('change', [
     lambda page: page, lambda page: 255 - page, lambda page: page[..., 0],
     lambda page: page.repeat(3, axis=2), lambda page: page // 2 + 90,
+    lambda page: np.uint8(page / 255 * (-200, 102, 0) + (200.5, 0.5, 0)),  # red on green, as bright
     lambda page: np.concatenate([page, np.full_like(page, 255)], axis=2),
     lambda page: np.concatenate([page // 9 * 0, 255 - page], axis=2),  # its ink is its opacity
     lambda page: np.concatenate([page.repeat(3, axis=2) // 9 * 0, 255 - page], axis=2),
@@ -462,7 +470,7 @@ def test_place_size_shades_and_depth_change_little(seed):
 def test_a_line_for_each_picture_in_order(folder, model, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     names = ['seven.png', 'seven.jpg', 'seven.bmp', 'seven.webp', 'seven.tif', 'seven, one.gif',
-             'seven, one.png', 'seven, one.tif', 'seven.png']
+             'seven, one.png', 'seven, one.tif', 'seven, progressive.jpg', 'seven.png']
     assert predict.main([*names, '--model_dir', str(model)]) == 0
     output, errors = capsys.readouterr()
     lines = output.splitlines()
@@ -495,6 +503,20 @@ def test_a_picture_comes_from_standard_input(folder, model, monkeypatch, capsys)
     assert capsys.readouterr().out.startswith('-: 7 (')
 
 
+def test_what_is_closed_or_cannot_be_printed_does_not_end_the_others(folder, model, tmp_path):
+    odd = os.fsencode(tmp_path) + b'/\xff.png'
+    shutil.copy(folder / 'seven.png', odd)
+    process = fork('-c', 'import runpy, sys\n'
+                   'sys.stdin = None\n'  # as Python has it after <&-
+                   'del sys.modules["extras.predict"]\n'
+                   'runpy.run_module("extras.predict", run_name="__main__")',
+                   '-', os.fsdecode(odd), 'seven.png', '--model_dir', model, cwd=folder)
+    output, errors = process.communicate()
+    assert (process.returncode, own_lines(errors)) == (1, '-: standard input is closed\n')
+    assert [line.split(' (')[0] for line in output.splitlines()] == [
+        f'{tmp_path}/\\udcff.png: 7', 'seven.png: 7']
+
+
 UNPACKED, SAVE = 'it cannot be unpacked: ', 'as JPEG or PNG'
 BAD = {
     'missing.png': 'No such file or directory',
@@ -507,8 +529,10 @@ BAD = {
     **{f'header {name}': SAVE for name in ('seven.png', 'seven.jpg', 'seven.tif',
                                            'seven, one.gif')},
     'large.png': 'it has 10,000 x 6,000 pixels, expected at most 50,000,000',
+    'long.png': 'it has 1 x 5,000,000 pixels, expected at most 50,000,000, and 65,535 on a side',
+    'scans.jpg': 'it has more than 100 scans', 'hidden scans.jpg': 'it has more than 100 scans',
     'bomb.png': 'exceeds limit', 'bomb.gif': 'exceeds limit',
-    **dict.fromkeys(['pixel.png', 'white.png', 'black.png', 'long.png', 'noise.png'], 'stands out')}
+    **dict.fromkeys(['pixel.png', 'white.png', 'black.png', 'tall.png', 'noise.png'], 'stands out')}
 
 
 def test_each_bad_picture_is_one_line_and_the_others_are_read(folder, model, monkeypatch, capfd):
@@ -605,17 +629,17 @@ def test_show_writes_what_the_network_saw_and_replaces_nothing(folder, model, tm
 def test_show_writes_what_is_refused(folder, model, tmp_path, capsys):
     two = tmp_path / 'two.png'
     Image.fromarray(np.hstack([drawn(1), drawn(0)])).save(two)
-    files = [two, *(folder / f'{name}.png' for name in ('noise', 'large', 'long'))]
+    files = [two, *(folder / f'{name}.png' for name in ('noise', 'large', 'tall'))]
     predict.main([*map(str, files), '--model_dir', str(model), '--show', str(tmp_path / 'seen')])
     assert capsys.readouterr().err.count('\n') == 4
     pages = {path.stem: Image.open(path) for path in (tmp_path / 'seen').iterdir()}
-    assert sorted(pages) == ['long', 'noise', 'two']  # and large.png was never unpacked
+    assert sorted(pages) == ['noise', 'tall', 'two']  # and large.png was never unpacked
     with pytest.raises(pictures.SeveralDigits) as refused:
         pictures.normalise(two)
     assert np.asarray(pages['two'])[::10, ::10] == pytest.approx(
         refused.value.image.reshape(28, 28) * 255, abs=1)
     assert np.array_equal(pages['noise'], Image.open(folder / 'noise.png'))
-    assert pages['long'].size == (1, 280)
+    assert pages['tall'].size == (1, 280)
 
 
 @pytest.mark.parametrize('flags, message', [

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -218,13 +219,17 @@ def test_two_workers_go_on_each_in_its_own_order(flags, passed_over, twelve_step
     assert re.search(r'digit.png: \d \(', capsys.readouterr().out)
 
 
-@pytest.mark.parametrize('number, flags', [(signal.SIGINT, ['--workers=2']),
-                                           (signal.SIGTERM, ['--workers=1', '--sync_replicas'])])
-def test_a_signal_to_all_processes_keeps_the_network(number, flags, few_digits, tmp_path):
+@pytest.mark.parametrize('number, again, flags', [
+    (signal.SIGINT, signal.SIGTERM, ['--workers=2']),
+    (signal.SIGTERM, signal.SIGTERM, ['--workers=1', '--sync_replicas'])])
+def test_a_signal_to_all_processes_keeps_the_network(number, again, flags, few_digits, tmp_path):
     process = fork('-m', 'extras.replica', '--max_steps=100000', *flags, '--batch_size=5',
-                   '--data_dir', few_digits, '--model_dir', tmp_path, own_session=True)
+                   '--data_dir', few_digits, '--model_dir', tmp_path, start_new_session=True)
     assert process.stdout.readline().startswith('step ')
     os.killpg(process.pid, number)
+    while process.poll() is None:  # meanwhile, more of them
+        process.send_signal(again)
+        time.sleep(0.02)
     errors = own_lines(process.communicate(timeout=60)[1])
     assert process.returncode == 128 + number
     step = re.fullmatch(fr'stopped at step (\d+), kept in {tmp_path}\n', errors)
@@ -239,13 +244,24 @@ def test_weights_that_are_no_numbers_are_not_saved(twelve_steps, train, tmp_path
     assert saved(tmp_path / 'model') == [12]
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_temporary_file(twelve_steps, train, tmp_path,
-                                                              full_disk):
-    shutil.copytree(twelve_steps, tmp_path / 'model')
-    with full_disk(), pytest.raises(OSError, match='the checkpoint of step 15 cannot be saved '
-                                    r'\(File too large\); that of step 12 is kept'):
+def test_a_full_disk_is_one_line_and_leaves_no_temporary_file(twelve_steps, train, disk):
+    shutil.copytree(twelve_steps, disk.folder, dirs_exist_ok=True)
+    disk.fill()
+    with pytest.raises(OSError, match='the checkpoint of step 15 cannot be saved '
+                                      fr'\({disk.reason}\); that of step 12 is kept'):
         train('--workers=1', '--max_steps=15')
-    assert not list((tmp_path / 'model').glob('*tempstate*')) and saved(tmp_path / 'model') == [12]
+    assert not list(disk.folder.glob('*tempstate*')) and saved(disk.folder) == [12]
+
+
+def test_if_nobody_takes_its_output_the_chief_saves_and_ends(few_digits, tmp_path):
+    process = fork('-m', 'extras.replica', '--workers=2', '--max_steps=100000', '--batch_size=5',
+                   '--data_dir', few_digits, '--model_dir', tmp_path)
+    assert process.stdout.readline().startswith('step ')
+    process.stdout.close()  # as by `| head -1`
+    assert process.wait(60) == 2
+    assert own_lines(process.stderr.read()).endswith('error: [Errno 32] Broken pipe\n')
+    assert newest(tmp_path) >= 100
+    process.stdout = None
 
 
 def test_a_web_proxy_is_not_asked(few_digits, monkeypatch):
@@ -331,6 +347,19 @@ def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path, few_
         assert server.wait(60) == 0
 
 
+@pytest.mark.parametrize('number, mode', [(signal.SIGINT, []),
+                                          (signal.SIGHUP, ['--sync_replicas'])])
+def test_a_signal_that_all_tasks_get_keeps_the_network(number, mode, cluster, tmp_path):
+    tasks, model = cluster(1, 100000, *mode), tmp_path / 'model'
+    server, chief = tasks.start('ps'), tasks.start('worker', 0)
+    until(checkpoint_after(model, 0), chief)
+    for process in (server, chief):  # as of one terminal
+        process.send_signal(number)
+    errors = own_lines(chief.communicate(timeout=60)[1])
+    assert chief.returncode == server.wait(60) == 128 + number
+    assert errors == f'stopped at step {newest(model)}, kept in {model}\n'
+
+
 def test_tasks_that_wait_say_for_whom_and_end_when_the_training_is_over(cluster, tmp_path):
     tasks, model = cluster(3, 120, host=HOST6), tmp_path / 'model'
     ps, (chief_at, *_) = *tasks.addresses['ps'], tasks.addresses['worker']
@@ -406,7 +435,11 @@ def changed(**parts):
     (changed(task={'type': 'ps', 'index': 1}), 'a task in it'),
     (changed(task={'type': 'evaluator', 'index': 0}), 'a task in it'),
     (changed(task={'type': 'chief', 'index': 7}), 'a task in it'),
-    (changed(cluster={'ps': ['127.0.0.1:1']}), 'a task in it'),
+    (changed(cluster={'ps': ['127.0.0.1:1']}), 'the job "worker" has no address'),
+    (changed(cluster={**GOOD['cluster'], 'ps': []}), 'the job "ps" has no address'),
+    *[(changed(cluster={**GOOD['cluster'], 'ps': [address]}), f'{address} is not "host:port"')
+      for address in ('127.0.0.1', 'a:', ':1', 'a:http')],
+    (changed(cluster={**GOOD['cluster'], 'ps': {'1': 'a:1'}}), 'of the job "ps" are not a list'),
     (changed(cluster={'worker': ['127.0.0.1:1']}), "KeyError: 'ps'")])
 def test_a_wrong_tf_config(config, message, monkeypatch):
     monkeypatch.setenv('TF_CONFIG', config)
