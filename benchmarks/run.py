@@ -99,8 +99,9 @@ def machine():
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as f:
             model = next((line.split(':')[1].strip() for line in f if 'model name' in line), model)
-    versions = [f'{name} {importlib.metadata.version(name)}' for name in (
-        'tensorflow', 'keras', 'numpy', 'torch') if importlib.util.find_spec(name)]
+    packages = importlib.metadata.packages_distributions()  # keras may be of keras-nightly
+    versions = [f'{name} {importlib.metadata.version(packages[name][0])}' for name in (
+        'tensorflow', 'keras', 'numpy', 'torch') if name in packages]
     return (f'{datetime.date.today()}; {model}, {os.cpu_count()} threads for each contestant; '
             f'Python {platform.python_version()}, {", ".join(versions)}')
 
