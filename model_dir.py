@@ -389,8 +389,8 @@ def is_held(lock):
 
 def gone(folder):
     """The error of a training whose folder, or the lock in it, was removed while it ran."""
-    return OSError(f'--model_dir {folder}: it was removed, or made anew, while this training used '
-                   'it, so nothing more is kept there; name another folder')
+    return OSError(f'--model_dir {folder}: it, or .lock in it, was removed while this training '
+                   'used it, so nothing more is kept there; name another folder')
 
 
 def refuse_pattern(folder):

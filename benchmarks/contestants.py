@@ -29,10 +29,20 @@ def timed(function, *arguments):
     return time.perf_counter() - began, result
 
 
+def start(*arguments, cwd, env):
+    """Starts `python` with these arguments; what it prints goes into a pipe."""
+    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env,
+                            stdout=subprocess.PIPE, text=True)
+
+
 def run_script(*arguments):
     """Seconds that `python` with these arguments takes from start to end."""
-    return timed(lambda: subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True,
-                                        stdout=subprocess.DEVNULL))[0]
+    began = time.perf_counter()
+    process = start(*arguments, cwd=ROOT, env={**os.environ})
+    process.communicate()
+    if process.returncode:
+        raise RuntimeError(f'{arguments} ended with code {process.returncode}')
+    return time.perf_counter() - began
 
 
 # The loader: loading, and minibatches of 50
@@ -279,13 +289,13 @@ def predict(model_dir, height, width, pictures):
 def training(steps, batch, command):
     """A training script's steps, by the lines that it prints, and what goes over loopback."""
     import psutil
-    process = subprocess.Popen([sys.executable, *command, f'--max_steps={steps}',
-                                f'--batch_size={batch}'], cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True)
+    process = start(*command, f'--max_steps={steps}', f'--batch_size={batch}', cwd=ROOT,
+                    env={**os.environ})
     marks = [(int(line.split()[1].rstrip(',')), time.perf_counter(),
               psutil.net_io_counters(pernic=True)['lo'].bytes_sent)
              for line in process.stdout if line.startswith('step ')]
-    if process.wait():
+    process.communicate()
+    if process.returncode:
         raise RuntimeError(f'{command} ended with code {process.returncode}')
     # From step 100 on, where there is more: the first steps are slower.
     (first, began, before), (last, ended, after) = marks[len(marks) > 2], marks[-1]

@@ -5,7 +5,8 @@ import subprocess
 import types
 
 import pytest
-from conftest import fork, python
+from conftest import python
+from forks import Fork
 
 import mnist_deep
 from benchmarks import contestants, run
@@ -26,14 +27,9 @@ def results(trained, few_digits):
                 patch.setattr(contestants, 'DATA', few_digits)
             found = getattr(contestants, function)(**arguments)
         return subprocess.CompletedProcess(command, 0, json.dumps(found), '')
-
-    def run_script(*arguments, script=contestants.run_script):
-        if arguments[0] != '-m':
-            return script(*arguments)
-        return contestants.timed(lambda: fork(*arguments).communicate())[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, 'subprocess', types.SimpleNamespace(run=contestant))
-        patch.setattr(contestants, 'run_script', run_script)
+        patch.setattr(contestants, 'start', Fork)
         return {name: benchmark(True, str(trained[0]))
                 for name, benchmark in run.BENCHMARKS.items()}
 

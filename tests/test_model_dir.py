@@ -362,7 +362,7 @@ def test_a_full_disk_costs_the_last_steps_alone(train, disk, monkeypatch, capsys
     assert train('--max_steps=4').err == 'going on from step 3 of 4\n'
 
 
-def test_a_disk_that_is_full_before_is_told_before_the_first_step(train, disk):
+def test_a_disk_that_is_full_before_is_told_before_the_first_step(train, disk, capsys):
     train('--max_steps=2')
     disk.fill()
     with pytest.raises(OSError) as refused:
@@ -370,6 +370,7 @@ def test_a_disk_that_is_full_before_is_told_before_the_first_step(train, disk):
     assert str(refused.value) == (f'--model_dir {disk.folder}: nothing can be written for '
                                   f'TensorBoard ({disk.reason})')
     disk.empty()
+    capsys.readouterr()
     assert train('--max_steps=3').err == 'going on from step 2 of 3\n'
 
 
@@ -411,8 +412,8 @@ def test_a_folder_that_is_removed_meanwhile_ends_the_training_and_is_left(made_a
     code = mnist_deep.run(lambda: train('--max_steps=200', '--save_checkpoints_steps=5'))
     assert code == 2
     line, = capsys.readouterr().err.splitlines()
-    assert line.endswith(f'--model_dir {folder}: it was removed, or made anew, while this training '
-                         'used it, so nothing more is kept there; name another folder')
+    assert line.endswith(f'--model_dir {folder}: it, or .lock in it, was removed while this '
+                         'training used it, so nothing more is kept there; name another folder')
     assert (files(folder) == {'.lock': b''}) if made_anew else not folder.exists()
 
 
@@ -421,7 +422,7 @@ def test_a_folder_that_is_removed_while_it_is_locked_is_refused(train, tmp_path,
         shutil.rmtree(tmp_path / 'model')
         return lock(*arguments)
     monkeypatch.setattr(fcntl, 'flock', remove_first)
-    with pytest.raises(OSError, match='it was removed, or made anew'):
+    with pytest.raises(OSError, match='it, or .lock in it, was removed'):
         train('--max_steps=5')
 
 
