@@ -5,6 +5,7 @@ done nothing else. They are processes like all others, with signals, kills and e
 own. What is about starting and ending Python itself is tested with real starts (`conftest.start`).
 """
 
+import atexit
 import multiprocessing.forkserver
 import multiprocessing.reduction
 import os
@@ -16,6 +17,14 @@ import threading
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['forks', 'extras.replica', 'extras.predict'])
 TESTS = pathlib.Path(__file__).resolve().parent
+
+
+@atexit.register
+def kill_the_last():
+    """Ends those that a failed test has left; a SIGTERM, as by multiprocessing, they may hold back.
+    """
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 class Fork(FORKS.Process):
