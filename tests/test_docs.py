@@ -144,6 +144,7 @@ def test_the_restored_network_reads_both_digits_and_shows_its_features(shown):
     assert '\n'.join(answers) in '\n'.join(guide)
 
 
+@pytest.mark.filterwarnings(r'ignore:\s+Warning. tf.lite.Interpreter is deprecated')
 def test_the_network_taken_elsewhere_answers_as_it_did_without_dropout(shown, folder):
     mnist = input_data.read_data_sets(str(DATA))
     images = np.vstack([pictures.normalise(ROOT / 'docs' / 'digit.png')[np.newaxis],
