@@ -487,6 +487,7 @@ def test_threads_draw_each_example_once_an_epoch():
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='a system without forks')
+@pytest.mark.filterwarnings('ignore:.*is multi-threaded:DeprecationWarning')  # as it has to be
 def test_a_child_that_is_forked_while_threads_draw_can_draw_too():
     part, over = numbered(1000, seed=1), threading.Event()
 
