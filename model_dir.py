@@ -516,7 +516,7 @@ class Events:
 
     def write(self, method, *arguments):
         """Calls a method of tf.summary.FileWriter, unless it can write nothing any more."""
-        if self.writer and not self.fault and is_held(self.lock):
+        if self.writer and not self.fault:
             try:
                 getattr(self.writer, method)(*arguments)
             except (tf.errors.OpError, OSError, RuntimeError) as error:
