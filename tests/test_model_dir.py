@@ -433,6 +433,7 @@ def test_without_permission_to_read_it_that_is_said(hidden, four_steps):
     with tempfile.TemporaryDirectory(dir='/tmp') as everyones:
         os.chmod(everyones, 0o755)
         folder = shutil.copytree(four_steps, f'{everyones}/model')
+        os.chmod(folder, 0o755)
         os.chmod(os.path.join(folder, hidden), 0)
         mnist_deep.deepnn(tf.placeholder(tf.float32, shape=[None, 784]))
         is_root = os.geteuid() == 0  # who may read everything: let somebody else read it
