@@ -196,7 +196,7 @@ def test_ctrl_c_while_modules_still_load_is_as_in_any_python_script(script, modu
 
 
 def test_nothing_is_written_to_a_pipe_but_lines_as_they_come(few_digits):
-    process = fork('mnist_deep.py', '--max_steps=1000000', '--data_dir', few_digits)
+    process = fork('mnist_deep.py', '--max_steps=2000', '--batch_size=5', '--data_dir', few_digits)
     assert process.stdout.readline().startswith('step 0, training accuracy ')
     process.terminate()
     assert process.communicate(timeout=60)[0] == ''
