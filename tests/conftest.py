@@ -114,8 +114,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def usual_signals():
-    """Undoes what a script that was run in this process does to Ctrl-C and SIGTERM."""
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Undoes what a script that was run in this process does to signals."""
+    usual = {number: signal.getsignal(number)
+             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in usual.items():
         signal.signal(number, handler)
