@@ -14,6 +14,7 @@ learning.gif: the page in the first minute of a training, while a 3 lies on its 
 import argparse
 import contextlib
 import io
+import os
 import pathlib
 import re
 import subprocess
@@ -110,10 +111,11 @@ def photographs_and_what_is_seen(mnist):
 
 
 @contextlib.contextmanager
-def drawing_page(model_dir, size):
-    """A Chromium of that size, which has the page of extras.draw open."""
+def drawing_page(model_dir, size, folder='.'):
+    """A Chromium of that size, which has the page of extras.draw open; it is run in the folder."""
     server = subprocess.Popen([sys.executable, '-m', 'extras.draw', '--model_dir', model_dir,
-                               '--seed', '0', '--no_browser', '--port', '0'], cwd=ROOT,
+                               '--seed', '0', '--no_browser', '--port', '0'], cwd=folder,
+                              env={**os.environ, 'PYTHONPATH': str(ROOT)},
                               stdout=subprocess.PIPE, text=True)
     with server, tempfile.TemporaryDirectory() as profile:
         chromium = browser.start_chromium(profile)
@@ -154,13 +156,15 @@ def drawing(model_dir, path):
 
 def learning(path):
     """Saves how the page changes while the networks learn, as an animated GIF."""
-    with tempfile.TemporaryDirectory() as empty, drawing_page(empty, LEARNING_SIZE) as chromium:
+    with (tempfile.TemporaryDirectory() as empty,
+          drawing_page('model', LEARNING_SIZE, empty) as chromium):
         write(chromium, 3, lean=0.2)
-        frames = []
+        frames, shown = [], -1
         while len(frames) < len(LEARNING_STEPS):
             line = chromium.find_element('id', 'training').text
-            step = re.search(r'step ([\d,]+)', line)
-            if step and int(step[1].replace(',', '')) >= LEARNING_STEPS[len(frames)]:
+            step = int(re.sub(r'\D', '', line.partition(' of ')[0]) or -1)
+            if step > shown and step >= LEARNING_STEPS[len(frames)]:  # each shows something new
+                shown = step
                 shot = io.BytesIO(chromium.get_screenshot_as_png())
                 frames.append(Image.open(shot).convert('RGB'))
             time.sleep(0.1)

@@ -1,12 +1,14 @@
-"""Part five of the tutorial: the server of the page, and the page in a real Chromium."""
+"""Part five of the tutorial: the server of the page, and the page in real browsers."""
 
 import base64
 import concurrent.futures
+import contextlib
 import functools
 import http.client
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -16,12 +18,25 @@ import time
 import numpy as np
 import psutil
 import pytest
-from browser import CHROMIUM, DRIVER, draw, start_chromium
+from browser import (
+    CHROMIUM,
+    DRIVER,
+    FIREFOX,
+    WEBKIT,
+    WEBKIT_DRIVER,
+    XVFB,
+    Firefox,
+    draw,
+    perform,
+    start_chromium,
+    webkit,
+)
 from conftest import DATA, ENVIRONMENT, ROOT, fork, own_lines, start
 from PIL import Image, ImageDraw
 
 import input_data
 import mnist_deep
+import model_dir
 from extras import draw as drawing_page
 from extras import pictures
 
@@ -45,9 +60,18 @@ def serve(folder):
 
 
 @pytest.fixture(scope='module')
-def process(trained):
-    """extras.draw with a network of a few hundred steps."""
-    running = serve(trained[0])
+def finished(trained, tmp_path_factory):
+    """A folder whose checkpoint, of 200 steps, has the name of one of 20,000."""
+    folder = tmp_path_factory.mktemp('finished')
+    for path in trained[0].glob('mnist_deep.ckpt-200.*'):
+        shutil.copy(path, folder / path.name.replace('-200.', '-20000.'))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def process(finished):
+    """extras.draw with a network that counts as trained."""
+    running = serve(finished)
     yield running
     running.kill()
     running.communicate()
@@ -174,6 +198,7 @@ def test_without_a_trained_network_one_learns_while_it_answers(learner):
         shares.append(answer['deep'][7])
     now = state(learner)
     assert now['training'] and not now['finished'] and not now['trained']
+    assert (now['start'], now['kept'], now['fault']) == (0, str(learner.folder), None)
     assert steps == sorted(steps) and now['steps'] == 20000
     assert len(now['accuracies']) in (now['step'] // 50, 1 + now['step'] // 50)
     begin, end = now['accuracies'][0], now['accuracies'][-1]
@@ -185,11 +210,12 @@ def test_without_a_trained_network_one_learns_while_it_answers(learner):
         assert json.loads(request(learner, 'POST', path)[2])['step'] >= now['step']
 
 
-def test_its_page_shows_that_from_the_first_second_and_sigterm_ends_it(chromium, learner):
+def test_its_page_shows_that_and_what_is_kept_goes_on_elsewhere(chromium, learner, tmp_path):
     chromium.get(learner.address)
     until(lambda: text(chromium, 'training').startswith('step '))
     for name in ('learn', 'back'):
         assert not chromium.find_element('id', name).is_displayed()
+    assert f'is kept in the folder {learner.folder}.' in text(chromium, 'note')
     learner.terminate()
     until(lambda: 'is extras.draw still running' in text(chromium, 'message'))
     assert text(chromium, 'training') == ''
@@ -197,9 +223,100 @@ def test_its_page_shows_that_from_the_first_second_and_sigterm_ends_it(chromium,
     output, errors = learner.communicate(timeout=60)
     assert (learner.returncode, output) == (143, '')
     said = own_lines(errors).splitlines()
-    assert said[0] == 'starting TensorFlow ...' and said[-1] == 'stopped'
-    assert f'python mnist_deep.py --model_dir {learner.folder}' in said[-2]
-    assert not learner.folder.exists()
+    assert said[0] == 'starting TensorFlow ...'
+    assert said[-2].endswith(f'the convolutional one is kept in {learner.folder}')
+    steps = int(re.fullmatch(rf'stopped at step (\d+), kept in {learner.folder}', said[-1])[1])
+
+    def run(*arguments):
+        process = fork(*arguments, '--model_dir', learner.folder)
+        output, errors = process.communicate()
+        assert process.returncode == 0
+        return output, own_lines(errors)
+    _, errors = run('mnist_deep.py', f'--max_steps={steps + 1}')
+    assert errors == f'going on from step {steps} of {steps + 1}\n'
+    (tmp_path / '7.png').write_bytes(png(TEST.images[FIRST[7]]))
+    output, _ = run('-m', 'extras.predict', tmp_path / '7.png')
+    assert re.match(rf'{tmp_path}/7\.png: \d \(', output)  # right or not, after so few steps
+    again = serve(learner.folder)
+    assert state(again)['start'] == steps + 1
+    again.send_signal(signal.SIGHUP)
+    _, errors = again.communicate(timeout=60)
+    assert again.returncode == 129
+    assert f'going on from step {steps + 1} of 20000' in errors
+    last, = re.findall(rf'stopped at step (\d+), kept in {learner.folder}\n$', errors)
+    assert (learner.folder / f'mnist_deep.ckpt-{last}.index').exists()
+
+
+@pytest.fixture
+def new_networks():
+    """Makes `Networks` that have learned nothing."""
+    mnist = input_data.read_data_sets(DATA, one_hot=True, seed=1)
+    return functools.partial(drawing_page.Networks, mnist, seed=1)
+
+
+def training_flags(folder, save_checkpoints_steps):
+    return mnist_deep.flag_parser('').parse_args([
+        f'--model_dir={folder}', f'--save_checkpoints_steps={save_checkpoints_steps}'])
+
+
+def test_where_another_training_uses_the_folder_it_says_that_nothing_is_kept(
+        new_networks, trained, tmp_path, capsys):
+    for path in trained[0].glob('mnist_deep.ckpt-200.*'):
+        shutil.copy(path, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with model_dir.claim(str(tmp_path)):
+        networks = new_networks()
+        networks.keep(training_flags(tmp_path, 1))
+        networks.thread.start()
+        until(lambda: networks.step > 202)  # it goes on from what is there
+        now = networks.state()
+        networks.stop(KeyboardInterrupt())
+    assert now['kept'] is None and 'another training uses it' in now['fault']
+    assert 'another training uses it' in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [tmp_path / '.lock', *before]
+
+
+def test_a_full_disk_is_told_and_the_training_goes_on_and_is_saved_later(
+        new_networks, disk, capsys):
+    networks = new_networks()
+    networks.keep(training_flags(disk.folder, 5))
+    disk.fill()
+    networks.thread.start()
+    until(lambda: networks.step > 6)
+    now = networks.state()
+    assert now['training'] and now['kept'] == str(disk.folder)
+    assert re.match(f'--model_dir {disk.folder}: the checkpoint of step 5 cannot be saved '
+                    f'.{disk.reason}.; there is no earlier one', now['fault'])
+    assert f"{now['fault']}\n" in capsys.readouterr().err
+    disk.empty()
+    until(lambda: networks.kept.checkpoints.last_step and not networks.fault)
+    stopped = model_dir.Stopped(signal.SIGTERM)
+    networks.stop(stopped)
+    assert str(stopped) == (
+        f'stopped at step {networks.kept.checkpoints.last_step}, kept in {disk.folder}')
+    assert networks.kept.checkpoints.last_step in (networks.step, networks.step + 1)
+
+
+def test_if_the_last_step_cannot_be_saved_that_is_how_it_ends(new_networks, disk):
+    networks = new_networks()
+    networks.keep(training_flags(disk.folder, 1000))
+    networks.thread.start()
+    until(lambda: networks.step > 1)
+    disk.fill()
+    with pytest.raises(OSError, match='cannot be saved'):
+        networks.stop(model_dir.Stopped(signal.SIGINT))
+
+
+def test_a_seed_repeats_a_training_whatever_is_asked_meanwhile(new_networks):
+    weights = []
+    for image in (None, TEST.images[0]):
+        networks = new_networks()
+        for networks.step in range(1, 10):
+            networks.train_once()
+            if image is not None:
+                networks.look(image)
+        weights.append(networks.sess.run(drawing_page.FILTERS))
+    assert (weights[0] == weights[1]).all()
 
 
 def test_all_pages_share_a_training_from_scratch_and_the_way_back(process, ask):
@@ -215,10 +332,9 @@ def test_all_pages_share_a_training_from_scratch_and_the_way_back(process, ask):
     assert json.loads(ask('POST', '/read', drawing)[2]) == before
 
 
-def test_the_training_ends_by_itself(monkeypatch):
+def test_the_training_ends_by_itself(monkeypatch, new_networks):
     monkeypatch.setattr(drawing_page, 'STEPS', 60)
-    mnist = input_data.read_data_sets(DATA, one_hot=True, seed=1)
-    networks = drawing_page.Networks(mnist, seed=1)
+    networks = new_networks()
     networks.thread.start()
     networks.thread.join()
     now = networks.state()
@@ -237,7 +353,10 @@ def test_it_serves_the_pages_files_and_no_others(ask):
         policy = headers['Content-Security-Policy']
         assert "default-src 'none'" in policy and 'unsafe' not in policy and '*' not in policy
         assert headers['X-Content-Type-Options'] == 'nosniff'
-    for path in ('/draw.html', '/draw.py', '/extras/draw.py', '/read', '/../input_data.py', '/?x'):
+    _, _, layers = ask('GET', '/layers.js')
+    assert layers.startswith(b'const LAYERS = {"conv1/Variable:0": [32, 5, ')
+    assert ask('GET', '/?token=x')[2] == (ROOT / 'extras' / 'draw.html').read_bytes()
+    for path in ('/draw.html', '/draw.py', '/extras/draw.py', '/read', '/../input_data.py', '/x?/'):
         assert ask('GET', path)[0] == 404, path
 
 
@@ -264,7 +383,47 @@ def test_only_its_own_page_may_ask(method, path, host, origin, status, process, 
     found, _, answer = ask(method, path, body, **headers)
     assert found == status
     if status == 403:  # as behind a forwarded port of another number
-        assert f'Open {process.address} instead' in answer.decode() and 'ssh -L' in answer.decode()
+        said = answer.decode()
+        assert f'Open {process.address} instead' in said and 'ssh -L' in said
+
+
+@pytest.mark.parametrize('host, origin, status', [
+    ('hub.example.org', None, 200), ('hub.example.org', 'https://hub.example.org', 200),
+    ('hub.example.org', 'http://hub.example.org', 200),
+    ('127.0.0.1:PORT', 'https://hub.example.org', 200),  # of a proxy that changes the host alone
+    ('127.0.0.1:PORT', 'http://127.0.0.1:PORT', 200), ('[::1]:8443', 'https://[::1]:8443', 403),
+    ('other.example.org:8443', 'https://other.example.org:8443', 200),
+    ('other.example.org', None, 403), ('other.example.org:8443', 'https://example.org', 403),
+    ('example.org', None, 403), ('hub.example.org.example.net', None, 403),
+    ('hub.example.org', 'https://hub.example.org.example.net', 403),
+    ('hub.example.org', 'null', 403), ('hub.example.org', 'ftp://hub.example.org', 403),
+    ('hub.example.org', 'https://127.0.0.1:PORT', 403),
+    ('hub.example.org', 'http://127.0.0.1:PORT', 403)])
+def test_a_proxy_may_have_a_name_that_is_allowed_and_no_other(host, origin, status):
+    flags = drawing_page.parse_flags(['--allow_host=Hub.example.org',
+                                      '--allow_host=other.example.org:8443'])
+    with drawing_page.Server(0, flags.allow_host) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        server.address = f'http://127.0.0.1:{server.server_port}/'
+        headers = {'Host': host, **({'Origin': origin} if origin else {})}
+        headers = {name: value.replace('PORT', str(port(server)))
+                   for name, value in headers.items()}
+        found, _, body = request(server, 'GET', '/', **headers)
+        server.shutdown()
+    assert found == status
+    assert (b'--allow_host' in body) == (status == 403)
+
+
+def test_a_host_that_is_no_name_is_refused(capsys):
+    for name in ('https://hub.example.org', 'hub.example.org/user', '', '*'):
+        with pytest.raises(SystemExit):
+            drawing_page.parse_flags([f'--allow_host={name}'])
+        assert 'expected a name from the address bar' in capsys.readouterr().err
+
+
+def test_at_port_80_clients_leave_the_port_out():
+    assert {'127.0.0.1', 'localhost:80'} <= set(drawing_page.own_hosts(80))
+    assert '127.0.0.1' not in drawing_page.own_hosts(8000)
 
 
 def test_it_listens_on_this_machine_alone(process):
@@ -278,7 +437,8 @@ def test_what_is_no_question_gets_a_status_and_the_server_goes_on(ask, process):
     assert ask('PUT', '/read', b'x')[0] == ask('DELETE', '/')[0] == 501
     assert ask('POST', '/read', iter([b'x']))[0] == 411  # in chunks, without a length
     assert ask('POST', '/read', b'x', **{'Content-Length': '-1'})[0] == 411
-    assert ask('POST', '/read', bytes(20_000_001))[0] == 413
+    status, _, body = ask('POST', '/read', bytes(20_000_001))
+    assert status == 413 and b'make the picture smaller' in body
     assert ask('POST', '/read', b'x', **{'Content-Length': '9' * 5000})[0] == 413
     for broken in (b'', b'no picture', png(TEST.images[0])[:200]):
         status, _, body = ask('POST', '/read', broken)
@@ -294,6 +454,27 @@ def test_what_is_no_question_gets_a_status_and_the_server_goes_on(ask, process):
         nonsense.sendall(b'\x16\x03\x01\x00\r\n\r\n')
         assert b'400' in nonsense.recv(1000)
     assert ask('GET', '/')[0] == 200
+
+
+def test_one_picture_at_a_time_is_unpacked(monkeypatch):
+    unpacking, most = [], []
+
+    def open_picture(file):
+        unpacking.append(file)
+        most.append(len(unpacking))
+        time.sleep(0.05)
+        unpacking.remove(file)
+        raise ValueError('no picture')
+    monkeypatch.setattr(drawing_page, 'open_picture', open_picture)
+    with drawing_page.Server(0) as server:
+        server.shown = type('', (), {'state': dict})
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        server.address = f'http://127.0.0.1:{server.server_port}/'
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
+            answers = pool.map(lambda _: request(server, 'POST', '/read', b'x'), range(5))
+        assert [status for status, _, _ in answers] == [422] * 5
+        server.shutdown()
+    assert most == [1] * 5
 
 
 def test_a_client_that_stops_in_the_middle_is_told_and_let_go(monkeypatch):
@@ -333,12 +514,12 @@ def test_a_port_out_of_range_is_refused(number):
         drawing_page.main([f'--port={number}'])
 
 
-def test_it_opens_the_browser_and_ctrl_c_ends_it_with_one_line(trained, tmp_path):
+def test_it_opens_the_browser_and_ctrl_c_ends_it_with_one_line(finished, tmp_path):
     browser = tmp_path / 'browser'
     browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened.part\n'
                        f'mv {tmp_path}/opened.part {tmp_path}/opened\n')
     browser.chmod(0o755)
-    process = fork('-m', 'extras.draw', '--model_dir', trained[0], '--port=0',
+    process = fork('-m', 'extras.draw', '--model_dir', finished, '--port=0',
                    env={**ENVIRONMENT, 'BROWSER': str(browser)})
     address = process.stdout.readline()
     while not (tmp_path / 'opened').exists():
@@ -402,7 +583,8 @@ def until(condition, value=True):
 
 
 def wait_for_answer(page):
-    until(lambda: page.execute_script('return !asking && !next'))
+    until(lambda: page.execute_script(
+        'return document.getElementById("answers").getAttribute("aria-busy")'), 'false')
 
 
 def painted(page, tiles):
@@ -413,18 +595,146 @@ def painted(page, tiles):
         '(value, i) => i % 4 === 3 && value > 0)])', tiles)
 
 
-def test_drawn_digits_are_read_and_cleared(page, trained):
-    right = 0
+@pytest.fixture
+def browsers(chromium, tmp_path):
+    """Starts a browser by its name."""
+    with contextlib.ExitStack() as running:
+        def start(name):
+            if name == 'chromium':
+                return chromium
+            if name == 'webkit':
+                return running.enter_context(webkit())
+            firefox = Firefox(tmp_path, {'privacy.resistFingerprinting': name == 'strict firefox'})
+            running.callback(firefox.quit)
+            return firefox
+        yield start
+
+
+# Chromium has to be there; the others draw where they are found (Debian: firefox-esr; and
+# webkit2gtk-driver with xvfb).
+OTHERS = (['firefox'] * bool(FIREFOX)
+          + ['webkit'] * bool(WEBKIT and WEBKIT_DRIVER and XVFB))
+
+
+@pytest.mark.parametrize('name', ['chromium', *OTHERS])
+def test_drawn_digits_are_read_and_cleared(name, browsers, process):
+    browser, right = browsers(name), 0
+    browser.get(process.address)
     for digit in range(0, 10, 2):
-        assert text(page, 'answer') == ''
-        draw(page, TEST.images[FIRST[digit]])
-        wait_for_answer(page)
-        right += text(page, 'answer') == str(digit)
-        if digit % 4:
-            page.find_element('id', 'clear').click()
-        else:
-            page.find_element('tag name', 'body').send_keys('\ue00c')  # Escape
+        assert text(browser, 'answer') == ''
+        draw(browser, TEST.images[FIRST[digit]])
+        wait_for_answer(browser)
+        right += text(browser, 'answer') == str(digit)
+        browser.execute_script('document.getElementById("clear").click()')
     assert right >= 4  # of 5, by a network that has trained for 200 steps
+
+
+@pytest.mark.parametrize('lacking', ['delete PointerEvent.prototype.getCoalescedEvents',
+                                     'PointerEvent.prototype.getCoalescedEvents = () => []'])
+def test_what_a_browser_lacks_does_not_stop_the_drawing(lacking, page):
+    draw(page, TEST.images[FIRST[2]])
+    drawn = inked(page)
+    page.find_element('tag name', 'body').send_keys('\ue00c')  # Escape
+    assert not inked(page).any()
+    page.execute_script(lacking)
+    draw(page, TEST.images[FIRST[2]])
+    assert drawn.any() and (inked(page) == drawn).all()
+
+
+def inked(page):
+    """Where there is ink on the paper: bool array [560, 560]."""
+    return np.array(page.execute_script(
+        'return [...pen.getImageData(0, 0, 560, 560).data.filter((_, i) => i % 4 === 0)]'
+    )).reshape(560, 560) < 128
+
+
+@pytest.mark.parametrize('kind', ['pen', 'touch'])
+def test_one_pointer_draws_while_a_palm_trembles(kind, page):
+    draw(page, TEST.images[FIRST[1]], kind)
+    alone = inked(page)
+    page.find_element('id', 'clear').click()
+    draw(page, TEST.images[FIRST[1]], kind, palm=True)
+    assert alone.any() and (inked(page) == alone).all()
+    wait_for_answer(page)
+    assert text(page, 'answer') == '1'
+
+
+def test_undo_takes_back_the_last_stroke(page):
+    undo, body = page.find_element('id', 'undo'), page.find_element('tag name', 'body')
+    assert not undo.is_enabled()
+    sheets = []
+    for row in (100, 200, 300):
+        sheets.append(inked(page))
+        perform(page, 'mouse', [[(row, 100), (row, 200)]])
+    wait_for_answer(page)
+    for before in reversed(sheets):
+        assert (inked(page) != before).any()
+        if before.any():
+            undo.click()
+        else:
+            body.send_keys('\ue009z')  # Ctrl-Z
+        assert (inked(page) == before).all()
+    wait_for_answer(page)
+    assert text(page, 'answer') == '' and not undo.is_enabled()
+    assert page.find_element('id', 'hint').is_displayed()
+
+
+@pytest.mark.parametrize('name', ['chromium', *['strict firefox'] * bool(FIREFOX)])
+def test_a_browser_that_falsifies_its_canvas_is_told_of(name, browsers, process):
+    browser = browsers(name)
+    browser.get(process.address)
+    if name == 'chromium':  # which has no such setting
+        browser.execute_script("""
+            const usual = CanvasRenderingContext2D.prototype.getImageData;
+            CanvasRenderingContext2D.prototype.getImageData = function (...box) {
+              const image = usual.apply(this, box);
+              crypto.getRandomValues(image.data);
+              return image;
+            };""")
+    draw(browser, TEST.images[FIRST[7]])
+    until(lambda: 'gives the page noise' in text(browser, 'message'))
+    assert text(browser, 'answer') == ''
+    give(browser, png(TEST.images[FIRST[7]]))
+    until(lambda: text(browser, 'answer'), '7')
+    browser.get('about:blank')
+
+
+def test_in_forced_colours_what_means_something_by_its_colour_keeps_it(page):
+    page.execute_cdp_cmd('Emulation.setEmulatedMedia', {
+        'features': [{'name': 'forced-colors', 'value': 'active'}]})
+    draw(page, TEST.images[FIRST[0]])
+    wait_for_answer(page)
+    speaks_for, against, bar, behind = page.execute_script(
+        'return [[".for", "color"], [".against", "color"], [".winner .bar i", "backgroundColor"],'
+        ' [".winner .bar", "backgroundColor"]].map(([selector, property]) =>'
+        ' getComputedStyle(document.querySelector(selector))[property])')
+    page.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': []})
+    assert speaks_for != against and bar != behind
+
+
+def test_what_is_no_single_picture_file_is_said_and_the_drawing_stays(page, tmp_path):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'one.png').write_bytes(png(TEST.images[0]))
+    (tmp_path / 'two.png').write_bytes(png(TEST.images[1]))
+    draw(page, TEST.images[FIRST[1]])
+    wait_for_answer(page)
+    answer, drawn = text(page, 'answer'), inked(page)
+
+    def drop(files, items=()):
+        for kind in ('dragEnter', 'dragOver', 'drop'):
+            page.execute_cdp_cmd('Input.dispatchDragEvent', {
+                'type': kind, 'x': 100, 'y': 200, 'data': {
+                    'items': items, 'files': [str(file) for file in files],
+                    'dragOperationsMask': 1}})
+    for files, items, message in (
+            ([tmp_path / 'folder'], [], 'folder cannot be read: is it a folder?'),
+            ([tmp_path / 'one.png', tmp_path / 'two.png'], [], '2 files at once'),
+            ([], [{'mimeType': 'text/plain', 'data': 'seven'}], 'there is no picture file in it')):
+        drop(files, items)
+        until(lambda message=message: message in text(page, 'message'))
+        assert text(page, 'answer') == answer and (inked(page) == drawn).all()
+    drop([tmp_path / 'one.png'])
+    until(lambda: text(page, 'answer'), '7')
 
 
 def test_a_stroke_that_comes_while_the_paper_is_packed_is_asked_about_next(page):
@@ -550,30 +860,34 @@ def test_every_picture_has_a_name_for_screen_readers(page):
                                'element => !element.ariaLabel).length') == 0
 
 
+def give(page, body, way='dropped'):
+    """Drops or pastes a file that holds these bytes."""
+    event = {'dropped': 'new DragEvent("drop", {dataTransfer, bubbles: true})',
+             'pasted': 'new ClipboardEvent("paste", {clipboardData: dataTransfer, bubbles: true})'}
+    page.execute_script(
+        'const bytes = Uint8Array.from(atob(arguments[0]), byte => byte.charCodeAt(0)), '
+        'dataTransfer = new DataTransfer();'
+        'dataTransfer.items.add(new File([bytes], "picture.png", {type: "image/png"}));'
+        f'document.body.dispatchEvent({event[way]})', base64.b64encode(body).decode())
+
+
 @pytest.mark.parametrize('way', ['chosen', 'dropped', 'pasted'])
 def test_a_picture_file_is_read_and_what_cannot_be_read_is_said(way, page, chromium, tmp_path):
-    def give(body):
+    def hand_over(body):
         if way == 'chosen':
             (tmp_path / 'picture.png').write_bytes(body)
             page.find_element('id', 'file').send_keys(str(tmp_path / 'picture.png'))
-            return
-        event = {'dropped': 'new DragEvent("drop", {dataTransfer, bubbles: true})',
-                 'pasted': 'new ClipboardEvent("paste", {clipboardData: dataTransfer, '
-                           'bubbles: true})'}[way]
-        page.execute_script(
-            'const bytes = Uint8Array.from(atob(arguments[0]), byte => byte.charCodeAt(0)), '
-            'dataTransfer = new DataTransfer();'
-            'dataTransfer.items.add(new File([bytes], "picture.png", {type: "image/png"}));'
-            f'document.body.dispatchEvent({event})', base64.b64encode(body).decode())
+        else:
+            give(page, body, way)
 
-    give(png(TEST.images[FIRST[7]]))
+    hand_over(png(TEST.images[FIRST[7]]))
     until(lambda: text(page, 'answer'), '7')
     assert not page.find_element('id', 'hint').is_displayed()
     dark = 'return pen.getImageData(0, 0, 560, 560).data.filter(level => level < 99).length'
     until(lambda: page.execute_script(dark) > 1000)  # it is shown on the paper
     draw(page, TEST.images[FIRST[1]])  # and a stroke begins a drawing of its own
     until(lambda: text(page, 'answer'), '1')
-    give(b'no picture')
+    hand_over(b'no picture')
     until(lambda: 'JPEG or PNG' in text(page, 'message'))
     assert text(page, 'answer') == ''
     refused, = chromium.get_log('browser')  # by the server: Chromium notes such a status itself
