@@ -50,9 +50,9 @@ Datasets = collections.namedtuple('Datasets', ['train', 'validation', 'test'])
 
 # Data sets that follow TensorFlow's seed draw from this; as in 1.x, each new one starts it afresh.
 _GRAPH_RANDOM = np.random.RandomState()
-_MAX_SEED = 2**31 - 1  # 1.x counts seeds up to here, and takes it in place of two zeros
+_MAX_SEED = 2**31 - 1  # 1.x counts seeds up to here; it also stands for two seeds of 0
 _LOCK = threading.RLock()  # a program's threads take turns, so that each example is drawn once
-if hasattr(os, 'register_at_fork'):  # or a child might find it locked, for ever
+if hasattr(os, 'register_at_fork'):  # no child begins with a lock that another thread had
     os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release,
                         after_in_child=_LOCK.release)
 

@@ -125,9 +125,9 @@ def train(flags):
     with tf.Session(config=session_config(flags.bfloat16)) as sess, kept_in(flags) as kept:
         sess.run(tf.global_variables_initializer())
         steps = range(flags.max_steps)
-        if kept:  # in --model_dir: from the last checkpoint on, and for TensorBoard
+        if kept:  # with --model_dir: from its last checkpoint on, with a log for TensorBoard
             steps = kept.resume(mnist.train)
-            accuracy = kept.events.observe(accuracy, cross_entropy)
+            accuracy = kept.events.logged(accuracy, cross_entropy)
 
         # Train
         for i in progress(steps, flags.max_steps):
@@ -193,8 +193,7 @@ def progress(steps, end):
 
 
 def kept_in(flags):
-    """The context of a training whose steps are kept in --model_dir; without that flag, it is None.
-    """
+    """The context of a training: its ModelDir with --model_dir, None without that flag."""
     if flags.model_dir is None:
         return contextlib.nullcontext()
     from model_dir import ModelDir  # which nothing else needs
@@ -263,12 +262,12 @@ def run(main):
     sys.stderr = sys.stderr or open(os.devnull, 'w')  # noqa: SIM115 (None: it was closed)
     try:
         return main()
-    except KeyboardInterrupt as stopped:  # those of model_dir have an exit code
+    except KeyboardInterrupt as stopped:  # model_dir.Stopped has an exit code
         print(str(stopped) or 'stopped', file=sys.stderr)
         return getattr(stopped, 'exit_code', 130)
     except (OSError, ValueError) as error:
         print(f'{os.path.basename(sys.argv[0])}: error: {error}', file=sys.stderr)
-        if isinstance(error, BrokenPipeError):  # or Python would try once more, as it ends
+        if isinstance(error, BrokenPipeError):  # or Python fails once more, writing it at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 2
 

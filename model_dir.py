@@ -37,8 +37,11 @@ class ModelDir:
 
     def __init__(self, flags):
         self.flags, self.folder = flags, flags.model_dir
-        self.training = False
-        self.holding_back = contextlib.ExitStack()  # signals, while there are steps to lose
+        self.lock = self.events = self.checkpoints = None
+        self.has_unsaved_steps = False
+        # Signals, as long as there are steps to lose: from the first one on until the last one is
+        # saved, which may be after the loop over `steps` has been left.
+        self.holding_back = contextlib.ExitStack()
 
     def __enter__(self):
         self.lock = claim(self.folder)
@@ -70,7 +73,7 @@ class ModelDir:
             return iter(())
         if start:
             print(f'going on from step {start} of {end}', file=sys.stderr)
-        make_ready(self.folder)
+        make_ready(self.folder, self.lock)
         if start and self.flags.seed is not None:
             repeat_random_numbers(start, train, self.flags.batch_size)
         self.events.begin(start)
@@ -79,28 +82,29 @@ class ModelDir:
     def steps(self, start):
         """Yields the steps from `start` on, and saves after those that are due."""
         signals = self.holding_back.enter_context(signals_held_back())
-        self.training = True
-        for done in range(start + 1, self.flags.max_steps + 1):
-            yield done - 1
+        self.has_unsaved_steps = True
+        for step in range(start, self.flags.max_steps):
+            yield step
+            done = step + 1
             if done == self.flags.max_steps or done % self.flags.save_checkpoints_steps == 0:
                 self.checkpoints.save(tf.get_default_session())
                 self.events.write('flush')
-            self.training = done < self.flags.max_steps
-            if self.training and self.events.fault:
+            self.has_unsaved_steps = done < self.flags.max_steps
+            if self.has_unsaved_steps and self.events.fault:
                 raise OSError(self.events.fault)
             if signals:
                 raise Stopped(signals[0])
-        self.holding_back.close()
+        self.holding_back.close()  # a signal may end the test at once
 
     def __exit__(self, kind, error, _):
         try:
-            if self.training:  # it was stopped, or its output was closed: that costs no steps
+            if self.has_unsaved_steps:  # it was stopped, or its output was closed
                 self.checkpoints.save(tf.get_default_session())
             if isinstance(error, KeyboardInterrupt):
                 error.args = (self.checkpoints.what_is_kept(),)
         finally:
             self.holding_back.close()
-            self.events.write('close')
+            self.events.close()
             if self.events.fault and kind is None:
                 print(self.events.fault, file=sys.stderr)
             if self.lock:
@@ -148,7 +152,7 @@ class Checkpoints:
 
         Raises:
             OSError: it cannot be written.
-            ValueError: the loss was not a number, and so the weights are none.
+            ValueError: the loss was not a number, and so the weights are not numbers either.
             tf.errors.OpError: a machine of the session's cluster does not answer.
         """
         step, all_finite = session.run([tf.train.get_global_step(session.graph), self.all_finite])
@@ -157,14 +161,14 @@ class Checkpoints:
                              'smaller --learning_rate')
         if step <= self.last_step:
             return
-        if not is_held(self.lock):
-            raise gone(self.folder)
+        refuse_gone(self.folder, self.lock)
         try:
             self.saver.save(session, os.path.join(self.folder, CHECKPOINT), step,
                             write_meta_graph=False)
         except (tf.errors.AbortedError, tf.errors.UnavailableError):
             raise  # a machine of a cluster is gone
-        except (tf.errors.OpError, OSError, RuntimeError) as error:
+        except (tf.errors.OpError, OSError, RuntimeError, ValueError) as error:
+            refuse_gone(self.folder, self.lock)  # before something of another training is removed
             remove_temporary_files(self.folder)
             kept = (f'that of step {self.last_step} is kept' if self.last_step
                     else 'there is no earlier one')
@@ -373,24 +377,23 @@ def claim(folder):
                       'name another folder') from None
     except OSError:
         pass  # a file system without locks
-    if not is_held(lock):
+    try:
+        refuse_gone(folder, lock)
+    except OSError:
         lock.close()
-        raise gone(folder)
+        raise
     return lock
 
 
-def is_held(lock):
-    """Whether the locked file is still the one that others find and try to lock."""
+def refuse_gone(folder, lock):
+    """OSError: the locked file is not the one any more that others find there, and try to lock."""
     try:
-        return os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
+        is_there = os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
     except OSError:
-        return False
-
-
-def gone(folder):
-    """The error of a training whose folder, or the lock in it, was removed while it ran."""
-    return OSError(f'--model_dir {folder}: it, or .lock in it, was removed while this training '
-                   'used it, so nothing more is kept there; name another folder')
+        is_there = False
+    if not is_there:
+        raise OSError(f'--model_dir {folder}: it, or .lock in it, was removed or renamed while '
+                      'this training used it, so nothing more is kept there; name another folder')
 
 
 def refuse_pattern(folder):
@@ -420,12 +423,13 @@ def refuse_foreign(folder):
                          'network; name a new folder')
 
 
-def make_ready(folder):
+def make_ready(folder, lock):
     """Makes a claimed folder ready for checkpoints; OSError: nothing can be written there."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f'--model_dir {folder}: {error.strerror}') from error
+    refuse_gone(folder, lock)
     remove_temporary_files(folder)  # those of a run that was killed while it saved
 
 
@@ -454,6 +458,7 @@ class Events:
 
     def __init__(self, folder, lock):
         self.folder, self.lock, self.writer, self.fault = folder, lock, None, None
+        self.quiet = contextlib.ExitStack()
 
     def begin(self, step):
         """Writes that a training begins at this step; OSError: nothing can be written."""
@@ -464,7 +469,7 @@ class Events:
         if self.fault:
             raise OSError(self.fault)
 
-    def observe(self, accuracy, cross_entropy):
+    def logged(self, accuracy, cross_entropy):
         """The accuracy, as a tensor whose evaluation also writes a summary of the training.
 
         Args:
@@ -508,14 +513,19 @@ class Events:
         self.write('add_summary', summary, step)  # at once: all of them, or none
 
     def open(self, step):
-        """Opens an event file: those of one second differ in the step that they begin with."""
+        """Opens an event file: those of one second differ in the step that they begin with.
+
+        OSError: the folder was removed.
+        """
+        refuse_gone(self.folder, self.lock)
+        self.quiet.enter_context(quiet_writer())
         try:
             self.writer = tf.summary.FileWriter(self.folder, filename_suffix=f'.from_step_{step}')
         except (tf.errors.OpError, OSError, RuntimeError) as error:
             self.note(error)
 
     def write(self, method, *arguments):
-        """Calls a method of tf.summary.FileWriter, unless it can write nothing any more."""
+        """Calls a method of tf.summary.FileWriter, by its name; its error becomes the fault."""
         if self.writer and not self.fault:
             try:
                 getattr(self.writer, method)(*arguments)
@@ -526,6 +536,28 @@ class Events:
         """Notes an error, of which a full disk has several classes, as the fault."""
         self.fault = (f'--model_dir {self.folder}: nothing can be written for TensorBoard '
                       f'({reason(error)})')
+
+    def close(self):
+        """Writes what is still to be written."""
+        self.write('close')
+        self.quiet.close()
+
+
+@contextlib.contextmanager
+def quiet_writer():
+    """Keeps off the screen what FileWriter's thread meets, say a full disk; `write` tells it."""
+    usual, verbosity = threading.excepthook, tf.logging.get_verbosity()
+
+    def hook(arguments):
+        if arguments.thread.name != 'EventLoggerThread':
+            usual(arguments)
+    threading.excepthook = hook
+    tf.logging.set_verbosity(tf.logging.FATAL)
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
+        tf.logging.set_verbosity(verbosity)
 
 
 def training_summaries(accuracy, cross_entropy):

@@ -10,19 +10,21 @@ newest=14  # TensorFlow has packages for Python 3.10 to 3.14; for Macs with Inte
 fits() {
     "$1" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null
 }
+works() {  # in a folder that was moved, an environment still names the place where it was made
+    fits .venv/bin/python && .venv/bin/python -m pip --version &&
+        grep -F "$(pwd -P)/.venv/" .venv/bin/pip
+}
 fail() {
     echo "setup.sh: $*, then run setup.sh again" >&2
     exit 1
 }
 
-# An environment that works stays. In a folder that was moved, it names the place where it was made.
-if ! { fits .venv/bin/python && .venv/bin/python -m pip --version &&
-       grep -F "$(pwd -P)/.venv/" .venv/bin/pip; } >/dev/null 2>&1; then
-    rm -rf .venv
-    for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 none; do
-        ! fits $python || break
+if ! works >/dev/null 2>&1; then
+    python=
+    for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
+        if fits $name; then python=$name; break; fi
     done
-    if [ $python = none ]; then  # uv finds others on this machine, or downloads one
+    if [ -z "$python" ]; then  # uv finds others on this machine, or downloads one
         uv=uv
         if ! command -v uv >/dev/null; then
             folder=$(mktemp -d)
@@ -30,6 +32,7 @@ if ! { fits .venv/bin/python && .venv/bin/python -m pip --version &&
             python3 -m pip install --quiet --target "$folder" uv 2>/dev/null || true
             uv=$folder/bin/uv
         fi
+        rm -rf .venv
         { command -v "$uv" && "$uv" venv --seed --python ">=3.10,<3.$newest" .venv; } >/dev/null ||
             fail "TensorFlow needs Python 3.10 to 3.$newest (found:" \
                  "$(python3 --version 2>/dev/null || echo none)). Install one of those from your" \
@@ -42,6 +45,7 @@ if ! { fits .venv/bin/python && .venv/bin/python -m pip --version &&
                      "packages, on Debian and Ubuntu by this command: sudo sh -c '$install'"
             sh -c "$install"
         fi
+        rm -rf .venv
         $python -m venv .venv
     fi
 fi

@@ -340,7 +340,7 @@ def main(argv=None):
 
 # The tutorial ends here. The rest is the server and the flags.
 
-MAX_BYTES = 20_000_000  # of a picture that is sent
+MAX_REQUEST = 20_000_000  # of a picture that is sent
 HERE = os.path.dirname(os.path.realpath(__file__))
 FILES = {'/': ('draw.html', 'text/html'), '/draw.css': ('draw.css', 'text/css'),
          '/draw.js': ('draw.js', 'text/javascript')}
@@ -452,8 +452,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = self.headers['Content-Length'] or ''
         if not length.isdecimal():
             return self.refuse(411)
-        if len(length) > 15 or int(length) > MAX_BYTES:
-            return self.refuse(413, f'more than {MAX_BYTES:,} bytes: make the picture smaller')
+        if len(length) > 15 or int(length) > MAX_REQUEST:
+            return self.refuse(413, f'more than {MAX_REQUEST:,} bytes: make the picture smaller')
         try:
             body = self.rfile.read(int(length))
         except TimeoutError:

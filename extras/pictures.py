@@ -69,7 +69,7 @@ def normalise(picture):
         return normalise_grey(to_grey(picture))
     except SeveralDigits:
         raise
-    except ValueError:
+    except ValueError:  # ink and paper may be of one brightness, and of different colours
         channel = strongest_channel(picture)
         if channel is None:
             raise
@@ -128,10 +128,7 @@ def to_grey(picture):
 
 
 def strongest_channel(picture):
-    """The channel in which ink and paper differ most; None if the picture has no colours.
-
-    A red and a green of one brightness are one grey level.
-    """
+    """The channel that varies most; None without colours, or where transparency tells the ink."""
     if picture.mode not in ('RGB', 'P') or 'transparency' in picture.info:
         return None
     channels = picture.convert('RGB').split()
@@ -254,8 +251,12 @@ def digit_pieces(is_ink, inside):
 
 
 def pieces_of(is_ink):
-    """The pieces of ink: their numbers [height, width] from 1 on, 0 is paper; boxes [n, 2, 2], rows
-    and columns; sizes [n, 2].
+    """The pieces of ink in a bool array [height, width].
+
+    Returns:
+        numbers: int array [height, width], 0 is paper, 1 the first piece.
+        boxes: int array [n, 2, 2], where the rows and columns of each begin and end.
+        sizes: int array [n, 2], their heights and widths.
     """
     numbers, _ = ndimage.label(is_ink, TOUCHING)
     boxes = np.array([[(side.start, side.stop) for side in box]
@@ -302,7 +303,8 @@ def without_frames(is_ink):
 
 
 def count_digits(is_digit, groups):
-    """Digits stand side by side: they share no column, and none is much taller than another."""
+    """How many digits stand there side by side, in pieces that are of these groups."""
+    # Digits share no column, and none is much taller than another.
     _, boxes, sizes = pieces_of(is_digit)
     heights = sizes[:, 0]
     digits = end = 0

@@ -110,9 +110,11 @@ def work(worker):
             steps_done = global_step.read_value()  # there, after this step, not before
         tell_servers = worker.tell_servers()
 
-        with tf.train.MonitoredSession(worker, [worker]) as sess, worker.kept(sess):
+        with tf.train.MonitoredSession(worker, [worker]) as sess, worker.saving_on_error(sess):
             step = sess.run(global_step)
-            worker.join(step, mnist.train)
+            worker.skip_used_batches(step, mnist.train)
+            if not worker.is_chief and not flags.workers:
+                print(f'worker {worker.index} joins at step {step}', file=sys.stderr)
 
             # Train
             shown, stopping = -100, False
@@ -163,7 +165,7 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
         self.lock = None  # of the chief's folder, until this process ends
         if self.is_chief and flags.model_dir is not None:
             self.lock = model_dir.claim(flags.model_dir)
-            model_dir.make_ready(flags.model_dir)
+            model_dir.make_ready(flags.model_dir, self.lock)
 
         # What this worker's thread and the main one share.
         self.session = None  # also while a parameter server is gone
@@ -192,17 +194,15 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
         """The operations that tell the parameter servers that all is done."""
         return [done_queue(ps).enqueue(True) for ps in range(self.cluster.num_tasks('ps'))]
 
-    def join(self, step, train):
+    def skip_used_batches(self, step, train):
         """With --seed, goes on in the order of the minibatches after those of earlier steps."""
         if self.seed is not None:
             workers = 1 if self.flags.sync_replicas else self.cluster.num_tasks('worker')
             for _ in range(step // workers):
                 train.next_batch(self.flags.batch_size)
-        if not self.is_chief and not self.flags.workers:
-            print(f'worker {self.index} joins at step {step}', file=sys.stderr)
 
     @contextlib.contextmanager
-    def kept(self, session):
+    def saving_on_error(self, session):
         """In this context, a standard output that nobody takes any more costs no steps."""
         try:
             yield
@@ -310,31 +310,31 @@ def watch(workers):
         with model_dir.signals_held_back() as signals:
             trainings = [pool.submit(work, each) for each in workers]
             try:
-                is_over = wait(worker, trainings, signals)
+                is_alone = is_left_alone(worker, trainings, signals)
                 if signals:
                     raise model_dir.Stopped(signals[0])
-            except BaseException as error:  # of a signal, or of whatever else ends the training
-                keep(workers, trainings)
+            except BaseException as error:  # whatever it is, steps are not to be lost by it
+                stop_and_save(workers, trainings)
                 if worker.lock and worker.checkpoints and isinstance(error, KeyboardInterrupt):
                     error.args = (worker.checkpoints.what_is_kept(),)
                 raise
-        return end_alone(worker) if is_over else 0
+        return end_alone(worker) if is_alone else 0
     finally:
         if worker.lock:
             worker.lock.close()
 
 
-def wait(worker, trainings, signals):
-    """Waits until the first training is done, or a signal has come; tells what it waits for.
+def is_left_alone(worker, trainings, signals):
+    """Waits until the first training is done, or a signal has come; tells what that one waits for.
 
     Returns:
-        True if nobody else is there any more, and the training is over.
+        True if it waits in vain: the whole training is over, and all others are gone.
 
     Raises:
-        OSError: nobody else is there any more; or what a training has raised.
+        OSError: all others are gone, and nothing says that it is over; or what a training raises.
     """
     alone = 0  # how many times in a row
-    while not is_done_within(PATIENCE, trainings, signals):
+    while not ended_or_signalled(PATIENCE, trainings, signals):
         if not worker.heard or time.monotonic() < worker.heard + PATIENCE:
             continue
         needs = worker.needs()
@@ -350,7 +350,7 @@ def wait(worker, trainings, signals):
     return False
 
 
-def is_done_within(seconds, trainings, signals):
+def ended_or_signalled(seconds, trainings, signals):
     """Whether the first training ends, or a signal comes, within so many seconds.
 
     They are waited for in parts. A signal may reach any thread, and the main one, which handles it,
@@ -366,12 +366,12 @@ def is_done_within(seconds, trainings, signals):
     return False
 
 
-def keep(workers, trainings):
+def stop_and_save(workers, trainings):
     """Ends the trainings, and sees to it that the chief saves, also if its step waits for ever."""
     for worker in workers:
         worker.stopping.set()
-    chief, session = workers[0], workers[0].session  # none while a parameter server is gone
-    if not chief.lock or not session:
+    chief, session = workers[0], workers[0].session
+    if not chief.lock or not session:  # there is none while a parameter server is gone
         return
     if concurrent.futures.wait(trainings[:1], 10).done:
         trainings[0].result()  # it has saved, or tells why not
@@ -483,7 +483,7 @@ def read_tf_config():
         for name, addresses in jobs.items():
             if not addresses:
                 raise ValueError(f'the job "{name}" has no address')
-            if isinstance(addresses, dict):  # one with numbers from 0 on has become a list
+            if isinstance(addresses, dict):  # TensorFlow takes numbered addresses, too, with gaps
                 raise ValueError(f'the addresses of the job "{name}" are not a list')
             for address in addresses:
                 if not re.fullmatch(r'.+:[0-9]+', address):

@@ -347,19 +347,20 @@ def test_weights_that_are_no_numbers_are_passed_over_as_damaged(four_steps, trai
     assert second == 'going on from step 2 of 4'
 
 
+@pytest.mark.filterwarnings('error::pytest.PytestUnhandledThreadExceptionWarning')
 def test_a_full_disk_costs_the_last_steps_alone(train, disk, monkeypatch, capsys):
-    train('--max_steps=2')
-    watch_batches(monkeypatch, lambda step: step == 2 and disk.fill())
+    train('--max_steps=99')
+    watch_batches(monkeypatch, lambda drawn: drawn == 1 and disk.fill())  # for step 100
     with pytest.raises(OSError) as refused:
-        train('--max_steps=9', '--save_checkpoints_steps=3')
+        train('--max_steps=109', '--save_checkpoints_steps=4')
     assert str(refused.value) == (
-        f'--model_dir {disk.folder}: the checkpoint of step 6 cannot be saved ({disk.reason}); '
-        'that of step 3 is kept')
+        f'--model_dir {disk.folder}: the checkpoint of step 104 cannot be saved ({disk.reason}); '
+        'that of step 100 is kept')
     assert list(disk.folder.glob('*tempstate*')) == []
     monkeypatch.undo()
     disk.empty()
-    capsys.readouterr()
-    assert train('--max_steps=4').err == 'going on from step 3 of 4\n'
+    assert capsys.readouterr().err == 'going on from step 99 of 109\n'  # and no more, of TensorFlow
+    assert train('--max_steps=101').err == 'going on from step 100 of 101\n'
 
 
 def test_a_disk_that_is_full_before_is_told_before_the_first_step(train, disk, capsys):
@@ -397,25 +398,34 @@ def test_if_the_events_alone_meet_a_full_disk_the_training_ends_in_one_line_and_
     assert (tmp_path / 'model' / 'mnist_deep.ckpt-1.index').exists()
 
 
-@pytest.mark.parametrize('made_anew', [False, True])
-def test_a_folder_that_is_removed_meanwhile_ends_the_training_and_is_left(made_anew, train,
+OTHERS = {'.lock': b'', 'mnist_deep.ckpt-7.data-00000-of-00001.tempstate1': b'half'}
+
+
+@pytest.mark.parametrize('others', [{}, OTHERS])  # of another training, which has begun there
+@pytest.mark.parametrize('moment', ['before', 'while it trains'])
+def test_a_folder_that_is_removed_meanwhile_ends_the_training_and_is_left(moment, others, train,
                                                                           tmp_path, monkeypatch,
                                                                           capsys):
     folder = tmp_path / 'model'
 
-    def remove():
+    def remove(*_):
         shutil.rmtree(folder)
-        if made_anew:  # and another training has begun there
-            folder.mkdir()
-            (folder / '.lock').touch()
-    watch_batches(monkeypatch, lambda step: step == 7 and remove())
+        for name, content in others.items():
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+    if moment == 'before':  # the first step, in the seconds that repeating random numbers can take
+        train('--max_steps=1', '--seed=1')
+        monkeypatch.setattr(model_dir, 'repeat_random_numbers', remove)
+    else:
+        watch_batches(monkeypatch, lambda step: step == 7 and remove())
     # At step 100 there is something for TensorBoard, at step 105 a checkpoint.
-    code = mnist_deep.run(lambda: train('--max_steps=200', '--save_checkpoints_steps=105'))
+    code = mnist_deep.run(lambda: train('--max_steps=200', '--save_checkpoints_steps=105',
+                                        '--seed=1'))
     assert code == 2
-    line, = capsys.readouterr().err.splitlines()
-    assert line.endswith(f'--model_dir {folder}: it, or .lock in it, was removed while this '
-                         'training used it, so nothing more is kept there; name another folder')
-    assert (files(folder) == {'.lock': b''}) if made_anew else not folder.exists()
+    assert capsys.readouterr().err.endswith(
+        f'error: --model_dir {folder}: it, or .lock in it, was removed or renamed while this '
+        'training used it, so nothing more is kept there; name another folder\n')
+    assert (files(folder) if folder.exists() else {}) == others
 
 
 def test_a_folder_that_is_removed_while_it_is_locked_is_refused(train, tmp_path, monkeypatch):
@@ -423,7 +433,7 @@ def test_a_folder_that_is_removed_while_it_is_locked_is_refused(train, tmp_path,
         shutil.rmtree(tmp_path / 'model')
         return lock(*arguments)
     monkeypatch.setattr(fcntl, 'flock', remove_first)
-    with pytest.raises(OSError, match='it, or .lock in it, was removed'):
+    with pytest.raises(OSError, match='it, or .lock in it, was removed or renamed'):
         train('--max_steps=5')
 
 
