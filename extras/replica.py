@@ -297,6 +297,7 @@ class Worker(tf.train.SessionCreator, tf.train.SessionRunHook):
 
 PATIENCE = 30  # seconds from one line to the next of a task that waits
 LAST_LINE = 10  # after so many, a worker that finds nobody at all gives up
+LAST_STEP = 10  # seconds that the chief's step has after a signal, before it is saved as it is
 
 
 def watch(workers):
@@ -373,7 +374,7 @@ def stop_and_save(workers, trainings):
     chief, session = workers[0], workers[0].session
     if not chief.lock or not session:  # there is none while a parameter server is gone
         return
-    if concurrent.futures.wait(trainings[:1], 10).done:
+    if concurrent.futures.wait(trainings[:1], LAST_STEP).done:
         trainings[0].result()  # it has saved, or tells why not
         return
     with contextlib.suppress(tf.errors.AbortedError, tf.errors.UnavailableError,

@@ -12,6 +12,7 @@ import time
 import numpy as np
 from scipy import ndimage
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.remote.command import Command
 
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
@@ -124,6 +125,16 @@ class Firefox:
         self.socket.close()
 
 
+class WebKit(webdriver.WebKitGTK):
+    """WebKitGTK's browser. On a busy machine, its driver may lose what a script returns."""
+
+    def execute_script(self, script, *arguments):
+        for _ in range(9):
+            with contextlib.suppress(WebDriverException):
+                return super().execute_script(script, *arguments)
+        return super().execute_script(script, *arguments)
+
+
 @contextlib.contextmanager
 def webkit():
     """WebKitGTK's browser, on a screen of its own that nobody sees."""
@@ -138,7 +149,7 @@ def webkit():
         options = webdriver.WebKitGTKOptions()
         options.binary_location = WEBKIT
         options.add_argument('--automation')
-        browser = webdriver.WebKitGTK(options=options, service=service)
+        browser = WebKit(options=options, service=service)
         yield browser
         browser.quit()
     finally:
