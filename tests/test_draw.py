@@ -77,12 +77,11 @@ def process(finished):
     running.communicate()
 
 
-@pytest.fixture(scope='module')
-def learner(tmp_path_factory):
+@pytest.fixture
+def learner(tmp_path):
     """extras.draw without a trained network."""
-    folder = tmp_path_factory.mktemp('learner') / 'none'
-    running = serve(folder)
-    running.folder = folder
+    running = serve(tmp_path / 'none')
+    running.folder = tmp_path / 'none'
     yield running
     running.kill()
     running.communicate()
