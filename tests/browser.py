@@ -125,7 +125,7 @@ class Firefox:
         self.socket.close()
 
 
-class WebKit(webdriver.WebKitGTK):
+class WebKit(webdriver.Remote):
     """WebKitGTK's browser. On a busy machine, its driver may lose what a script returns."""
 
     def execute_script(self, script, *arguments):
@@ -137,24 +137,32 @@ class WebKit(webdriver.WebKitGTK):
 
 @contextlib.contextmanager
 def webkit():
-    """WebKitGTK's browser, on a screen of its own that nobody sees."""
+    """A `WebKit`, on a screen of its own that nobody sees."""
     read, write = os.pipe()
     screen = subprocess.Popen([XVFB, '-displayfd', str(write), '-screen', '0', '1400x1000x24',
                                '-nolisten', 'tcp'], pass_fds=[write], stderr=subprocess.DEVNULL)
     os.close(write)
+    with os.fdopen(read) as display, socket.create_server(('127.0.0.1', 0)) as free:
+        display, port = display.readline().strip(), free.getsockname()[1]
+    driver = subprocess.Popen([WEBKIT_DRIVER, f'--port={port}'],
+                              env={**os.environ, 'DISPLAY': f':{display}'})
+    options = webdriver.WebKitGTKOptions()
+    options.binary_location = WEBKIT
+    options.add_argument('--automation')
     try:
-        with os.fdopen(read) as display:
-            service = webdriver.WebKitGTKService(WEBKIT_DRIVER, env={
-                **os.environ, 'DISPLAY': f':{display.readline().strip()}'})
-        options = webdriver.WebKitGTKOptions()
-        options.binary_location = WEBKIT
-        options.add_argument('--automation')
-        browser = WebKit(options=options, service=service)
+        while True:
+            with contextlib.suppress(OSError):
+                socket.create_connection(('127.0.0.1', port)).close()
+                break
+            assert driver.poll() is None, 'WebKitWebDriver has ended'
+            time.sleep(0.05)
+        browser = WebKit(f'http://127.0.0.1:{port}', options=options)
         yield browser
         browser.quit()
     finally:
-        screen.kill()
-        screen.wait()
+        for process in (driver, screen):
+            process.kill()
+            process.wait()
 
 
 def draw(browser, image, kind='mouse', palm=False):

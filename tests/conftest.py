@@ -30,8 +30,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 DATA = ROOT / 'MNIST_data'
 NAMES = tuple(f'{name}.gz' for name in input_data._FILES)
 os.environ['no_proxy'] = '127.0.0.1'
-# A shell's background job ignores Ctrl-C, and so would all processes that the tests start from one.
+# A shell's background job ignores Ctrl-C, and after nohup a hangup is ignored, too; so would all
+# processes do that the tests start from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ENVIRONMENT = {name: value for name, value in os.environ.items()  # as on most machines
                if not name.startswith('TF_') and name not in ('PYTHONPATH', 'PYTHONUNBUFFERED')}
 FIRST_LINES = ('import input_data\n'  # of the scripts of others, as the guide has them
