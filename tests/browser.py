@@ -10,6 +10,7 @@ import subprocess
 import time
 
 import numpy as np
+import selenium
 from scipy import ndimage
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
@@ -20,6 +21,8 @@ DRIVER = shutil.which('chromedriver')
 FIREFOX = shutil.which('firefox-esr') or shutil.which('firefox')
 XVFB, WEBKIT_DRIVER = shutil.which('Xvfb'), shutil.which('WebKitWebDriver')
 WEBKIT = next(iter(glob.glob('/usr/lib/*/webkit2gtk-4.*/MiniBrowser')), None)
+if tuple(map(int, selenium.__version__.split('.')[:2])) < (4, 51):  # 4.16 cannot start it
+    WEBKIT = None
 
 
 def start_chromium(profile, width=1400, height=1000):
@@ -125,7 +128,7 @@ class Firefox:
         self.socket.close()
 
 
-class WebKit(webdriver.Remote):
+class WebKit(webdriver.WebKitGTK):
     """WebKitGTK's browser. On a busy machine, its driver may lose what a script returns."""
 
     def execute_script(self, script, *arguments):
@@ -137,32 +140,24 @@ class WebKit(webdriver.Remote):
 
 @contextlib.contextmanager
 def webkit():
-    """A `WebKit`, on a screen of its own that nobody sees."""
+    """WebKitGTK's browser, on a screen of its own that nobody sees."""
     read, write = os.pipe()
     screen = subprocess.Popen([XVFB, '-displayfd', str(write), '-screen', '0', '1400x1000x24',
                                '-nolisten', 'tcp'], pass_fds=[write], stderr=subprocess.DEVNULL)
     os.close(write)
-    with os.fdopen(read) as display, socket.create_server(('127.0.0.1', 0)) as free:
-        display, port = display.readline().strip(), free.getsockname()[1]
-    driver = subprocess.Popen([WEBKIT_DRIVER, f'--port={port}'],
-                              env={**os.environ, 'DISPLAY': f':{display}'})
-    options = webdriver.WebKitGTKOptions()
-    options.binary_location = WEBKIT
-    options.add_argument('--automation')
     try:
-        while True:
-            with contextlib.suppress(OSError):
-                socket.create_connection(('127.0.0.1', port)).close()
-                break
-            assert driver.poll() is None, 'WebKitWebDriver has ended'
-            time.sleep(0.05)
-        browser = WebKit(f'http://127.0.0.1:{port}', options=options)
+        with os.fdopen(read) as display:
+            service = webdriver.WebKitGTKService(WEBKIT_DRIVER, env={
+                **os.environ, 'DISPLAY': f':{display.readline().strip()}'})
+        options = webdriver.WebKitGTKOptions()
+        options.binary_location = WEBKIT
+        options.add_argument('--automation')
+        browser = WebKit(options=options, service=service)
         yield browser
         browser.quit()
     finally:
-        for process in (driver, screen):
-            process.kill()
-            process.wait()
+        screen.kill()
+        screen.wait()
 
 
 def draw(browser, image, kind='mouse', palm=False):
