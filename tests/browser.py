@@ -1,28 +1,19 @@
 """Real browsers for the tests of the page: they are started, and draw with a pointer."""
 
-import contextlib
-import glob
 import json
-import os
 import shutil
 import socket
 import subprocess
 import time
 
 import numpy as np
-import selenium
 from scipy import ndimage
 from selenium import webdriver
-from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.remote.command import Command
 
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 DRIVER = shutil.which('chromedriver')
 FIREFOX = shutil.which('firefox-esr') or shutil.which('firefox')
-XVFB, WEBKIT_DRIVER = shutil.which('Xvfb'), shutil.which('WebKitWebDriver')
-WEBKIT = next(iter(glob.glob('/usr/lib/*/webkit2gtk-4.*/MiniBrowser')), None)
-if tuple(map(int, selenium.__version__.split('.')[:2])) < (4, 51):  # 4.16 cannot start it
-    WEBKIT = None
 
 
 def start_chromium(profile, width=1400, height=1000):
@@ -126,38 +117,6 @@ class Firefox:
         self.process.wait()
         self.file.close()
         self.socket.close()
-
-
-class WebKit(webdriver.WebKitGTK):
-    """WebKitGTK's browser. On a busy machine, its driver may lose what a script returns."""
-
-    def execute_script(self, script, *arguments):
-        for _ in range(9):
-            with contextlib.suppress(WebDriverException):
-                return super().execute_script(script, *arguments)
-        return super().execute_script(script, *arguments)
-
-
-@contextlib.contextmanager
-def webkit():
-    """WebKitGTK's browser, on a screen of its own that nobody sees."""
-    read, write = os.pipe()
-    screen = subprocess.Popen([XVFB, '-displayfd', str(write), '-screen', '0', '1400x1000x24',
-                               '-nolisten', 'tcp'], pass_fds=[write], stderr=subprocess.DEVNULL)
-    os.close(write)
-    try:
-        with os.fdopen(read) as display:
-            service = webdriver.WebKitGTKService(WEBKIT_DRIVER, env={
-                **os.environ, 'DISPLAY': f':{display.readline().strip()}'})
-        options = webdriver.WebKitGTKOptions()
-        options.binary_location = WEBKIT
-        options.add_argument('--automation')
-        browser = WebKit(options=options, service=service)
-        yield browser
-        browser.quit()
-    finally:
-        screen.kill()
-        screen.wait()
 
 
 def draw(browser, image, kind='mouse', palm=False):

@@ -22,14 +22,10 @@ from browser import (
     CHROMIUM,
     DRIVER,
     FIREFOX,
-    WEBKIT,
-    WEBKIT_DRIVER,
-    XVFB,
     Firefox,
     draw,
     perform,
     start_chromium,
-    webkit,
 )
 from conftest import DATA, ENVIRONMENT, ROOT, fork, own_lines, start
 from PIL import Image, ImageDraw
@@ -601,18 +597,14 @@ def browsers(chromium, tmp_path):
         def start(name):
             if name == 'chromium':
                 return chromium
-            if name == 'webkit':
-                return running.enter_context(webkit())
             firefox = Firefox(tmp_path, {'privacy.resistFingerprinting': name == 'strict firefox'})
             running.callback(firefox.quit)
             return firefox
         yield start
 
 
-# Chromium has to be there; the others draw where they are found (Debian: firefox-esr; and
-# webkit2gtk-driver with xvfb).
-OTHERS = (['firefox'] * bool(FIREFOX)
-          + ['webkit'] * bool(WEBKIT and WEBKIT_DRIVER and XVFB))
+# Chromium has to be there; Firefox draws where it is found (Debian: firefox-esr).
+OTHERS = ['firefox'] * bool(FIREFOX)
 
 
 @pytest.mark.parametrize('name', ['chromium', *OTHERS])
