@@ -145,18 +145,18 @@ def mirrors(server, monkeypatch):
 
 @pytest.fixture(scope='session')
 def few_digits(tmp_path_factory):
-    """A folder with MNIST's first 6,000 and 500 digits, for runs whose accuracy doesn't matter."""
+    """A folder with MNIST's first 6,000 and 250 digits, for runs whose accuracy doesn't matter."""
     folder = tmp_path_factory.mktemp('few_digits')
     for name in NAMES:
         with open(DATA / name, 'rb') as f:
             array = input_data._read_idx(f, name)
-        write_idx(folder / name, array[:6000 if 'train' in name else 500])
+        write_idx(folder / name, array[:6000 if 'train' in name else 250])
     return folder
 
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-    """A model folder, and what the run of 200 steps printed; one for all of pytest's workers.
+    """A model folder, and what the run of 120 steps printed; one for all of pytest's workers.
 
     Beside the folder, trained.kilobytes has the most memory that it took.
     """
@@ -168,8 +168,8 @@ def trained(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here for the first one
         if not printed.exists():
             kilobytes, result = peak_kilobytes(
-                'mnist_deep.py', '--max_steps=200', '--seed=1', '--model_dir', folder,
-                '--learning_rate=5e-4', '--save_checkpoints_steps=75')
+                'mnist_deep.py', '--max_steps=120', '--seed=1', '--model_dir', folder,
+                '--learning_rate=1e-3', '--save_checkpoints_steps=50')
             assert (result.returncode, result.stderr) == (0, '')
             (shared / 'trained.kilobytes').write_text(str(kilobytes))
             printed.write_text(result.stdout)

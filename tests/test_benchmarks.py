@@ -5,20 +5,27 @@ import subprocess
 import types
 
 import pytest
-from conftest import python
+from conftest import ENVIRONMENT, ROOT, python
 from forks import Fork
 
 import mnist_deep
 from benchmarks import contestants, run
 
+# A contestant for itself, where TensorFlow 1.x's ways are switched off again.
+AS_IN_2_X = (
+    'import runpy, tensorflow as tf; tf.compat.v1.enable_v2_behavior()\n'
+    'runpy.run_module("benchmarks.contestants", run_name="__main__")')
+
 
 @pytest.fixture(scope='module')
 def results(trained, few_digits):
     """What each benchmark finds with --quick, by name; scripts train on few digits."""
-    def contestant(command, **options):
+    def contestant(command, **_):
         function, arguments = command[-2:]
         if function in ('step_keras', 'step_torch'):  # not beside our TensorFlow 1.x
-            return subprocess.run(command, **options)  # noqa: PLW1510 (the options say)
+            process = Fork('-c', AS_IN_2_X, function, arguments, cwd=ROOT, env=ENVIRONMENT)
+            output, errors = process.communicate()
+            return subprocess.CompletedProcess(command, process.returncode, output, errors)
         arguments = json.loads(arguments)
         for name in {'flags', 'command'} & arguments.keys():  # of a script that trains
             arguments[name].append(f'--data_dir={few_digits}')
@@ -82,6 +89,14 @@ def test_the_command_runs_one_benchmark_alone():
     (None, ''), (0.18432, '0.184'), (15.317, '15.3'), (98.98, '99.0'), (2605.4, '2,605')])
 def test_figures_have_no_more_digits_than_they_are_worth(number, shown):
     assert run.digits(number) == shown
+
+
+def test_a_script_that_fails_fails_its_contestant(monkeypatch):
+    monkeypatch.setattr(contestants, 'start', Fork)
+    for function, arguments in ((contestants.whole_run, (0, [])),
+                                (contestants.training, (0, 5, ['mnist_deep.py']))):
+        with pytest.raises(RuntimeError, match='mnist_deep.py.* ended with code 2'):
+            function(*arguments)
 
 
 def test_a_contestant_that_fails_is_reported_not_left_out():

@@ -81,7 +81,7 @@ def test_dropout_works_in_training_alone():
 def test_a_few_hundred_steps_learn_to_read_digits(trained):
     _, output = trained
     lines = output.splitlines()
-    assert [line.split(',')[0] for line in lines[:-1]] == [f'step {i}' for i in range(0, 200, 100)]
+    assert [line.split(',')[0] for line in lines[:-1]] == [f'step {i}' for i in (0, 100)]
     for line in lines[:-1]:
         assert re.fullmatch(r'step \d+, training accuracy [01](\.\d+)?', line)
     assert float(re.fullmatch(r'test accuracy (0\.\d+)', lines[-1])[1]) > 0.94

@@ -73,8 +73,8 @@ def values(folder):
 def test_keeps_the_last_checkpoints_and_the_final_one(trained):
     folder, _ = trained
     assert sorted(name for name in files(folder) if name.endswith('.index')) == [
-        'mnist_deep.ckpt-150.index', 'mnist_deep.ckpt-200.index']
-    assert tf.train.latest_checkpoint(folder) == str(folder / 'mnist_deep.ckpt-200')
+        'mnist_deep.ckpt-100.index', 'mnist_deep.ckpt-120.index']
+    assert tf.train.latest_checkpoint(folder) == str(folder / 'mnist_deep.ckpt-120')
 
 
 def test_a_checkpoint_restores_by_the_tutorials_recipe(trained):
@@ -102,9 +102,9 @@ def test_a_finished_model_is_only_evaluated_wherever_it_was_moved(trained, tmp_p
     trained_in, output = trained
     folder = shutil.copytree(trained_in, tmp_path / 'elsewhere')
     before = files(folder)
-    mnist_deep.main(['--max_steps=200', f'--model_dir={folder}'])
+    mnist_deep.main(['--max_steps=120', f'--model_dir={folder}'])
     assert capsys.readouterr() == (output.splitlines()[-1] + '\n',
-                                   'trained for 200 steps already\n')
+                                   'trained for 120 steps already\n')
     assert files(folder) == before
 
 
@@ -313,10 +313,9 @@ def test_if_all_checkpoints_are_damaged_nothing_is_done(four_steps, train, tmp_p
     assert files(tmp_path / 'model') == before
 
 
-def test_a_lost_list_of_checkpoints_loses_none(train, tmp_path):
-    train('--max_steps=3')
-    (tmp_path / 'model' / 'checkpoint').unlink()
-    assert train('--max_steps=4').err == 'going on from step 3 of 4\n'
+def test_a_lost_list_of_checkpoints_loses_none(four_steps, train, tmp_path):
+    (shutil.copytree(four_steps, tmp_path / 'model') / 'checkpoint').unlink()
+    assert train('--max_steps=5').err == 'going on from step 4 of 5\n'
 
 
 def test_copies_beside_the_checkpoints_and_folders_of_odd_names_are_passed_over(four_steps, train,
@@ -363,8 +362,8 @@ def test_a_full_disk_costs_the_last_steps_alone(train, disk, monkeypatch, capsys
     assert train('--max_steps=101').err == 'going on from step 100 of 101\n'
 
 
-def test_a_disk_that_is_full_before_is_told_before_the_first_step(train, disk, capsys):
-    train('--max_steps=2')
+def test_a_disk_that_is_full_before_is_told_before_the_first_step(four_steps, train, disk, capsys):
+    shutil.copytree(four_steps, disk.folder, dirs_exist_ok=True)
     disk.fill()
     with pytest.raises(OSError) as refused:
         train('--max_steps=5')
@@ -372,7 +371,7 @@ def test_a_disk_that_is_full_before_is_told_before_the_first_step(train, disk, c
                                   f'TensorBoard ({disk.reason})')
     disk.empty()
     capsys.readouterr()
-    assert train('--max_steps=3').err == 'going on from step 2 of 3\n'
+    assert train('--max_steps=5').err == 'going on from step 4 of 5\n'
 
 
 def test_on_a_full_disk_a_trained_network_is_tested(four_steps, train, disk):
@@ -403,9 +402,8 @@ OTHERS = {'.lock': b'', 'mnist_deep.ckpt-7.data-00000-of-00001.tempstate1': b'ha
 
 @pytest.mark.parametrize('others', [{}, OTHERS])  # of another training, which has begun there
 @pytest.mark.parametrize('moment', ['before', 'while it trains'])
-def test_a_folder_that_is_removed_meanwhile_ends_the_training_and_is_left(moment, others, train,
-                                                                          tmp_path, monkeypatch,
-                                                                          capsys):
+def test_a_folder_that_is_removed_meanwhile_ends_the_training_and_is_left(
+        moment, others, four_steps, train, tmp_path, monkeypatch, capsys):
     folder = tmp_path / 'model'
 
     def remove(*_):
@@ -414,7 +412,7 @@ def test_a_folder_that_is_removed_meanwhile_ends_the_training_and_is_left(moment
             folder.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
     if moment == 'before':  # the first step, in the seconds that repeating random numbers can take
-        train('--max_steps=1', '--seed=1')
+        shutil.copytree(four_steps, folder)
         monkeypatch.setattr(model_dir, 'repeat_random_numbers', remove)
     else:
         watch_batches(monkeypatch, lambda step: step == 7 and remove())

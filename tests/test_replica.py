@@ -37,8 +37,15 @@ replica.Worker.after_run = after_run
 # A task that tells what it waits for three times a second.
 IMPATIENT = 'assert (replica.PATIENCE, replica.LAST_LINE) == (30, 10)\nreplica.PATIENCE = 0.3'
 STUBBORN = f'{IMPATIENT}\nreplica.LAST_LINE = 10**9'
-# A worker that does not rest, and does not wait long for a last step that never ends.
-HASTY = 'assert replica.LAST_STEP == 10\nreplica.LAST_STEP, replica.Worker.after_run = 1, ran'
+# A worker that tells of each step, and does not wait long for a last step that never ends.
+HASTY = """
+assert replica.LAST_STEP == 10
+replica.LAST_STEP = 1
+def after_run(*arguments):
+    ran(*arguments)
+    print('one more', flush=True)
+replica.Worker.after_run = after_run
+"""
 # A chief that is killed before it evaluates.
 SHORT_LIVED = """
 def in_batches(_):
@@ -66,7 +73,7 @@ def cut_off(function, moment):
         return function(*arguments)
     return called
 replica.model_dir.Checkpoints.save = cut_off(replica.model_dir.Checkpoints.save, 1)
-replica.Worker.after_run = cut_off(replica.Worker.after_run, 40)
+replica.Worker.after_run = cut_off(replica.Worker.after_run, 15)
 """
 
 
@@ -114,7 +121,7 @@ def cluster(tmp_path, few_digits):
     def make(workers, steps, *flags, host=HOST):
         made.append(Cluster(workers, [
             '--max_steps', steps, '--seed=1', '--batch_size=5', '--data_dir', few_digits,
-            '--save_checkpoints_steps=10', *flags], tmp_path / 'model', host))
+            '--save_checkpoints_steps=5', *flags], tmp_path / 'model', host))
         return made[-1]
     yield make
     for one in made:
@@ -215,9 +222,9 @@ def test_two_workers_go_on_each_in_its_own_order(flags, end, passed_over, twelve
         assert len(others) > passed_over
 
     # And each other script goes on with what a cluster has kept.
-    mnist_deep.main(['--max_steps=123', f'--data_dir={few_digits}',
+    mnist_deep.main([f'--max_steps={end + 2}', f'--data_dir={few_digits}',
                      f'--model_dir={tmp_path / "model"}'])
-    assert re.fullmatch(r'going on from step \d+ of 123\n', capsys.readouterr().err)
+    assert re.fullmatch(fr'going on from step \d+ of {end + 2}\n', capsys.readouterr().err)
     predict.main([str(ROOT / 'docs' / 'digit.png'), f'--model_dir={tmp_path / "model"}'])
     assert re.search(r'digit.png: \d \(', capsys.readouterr().out)
 
@@ -257,7 +264,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_temporary_file(twelve_steps, trai
 
 
 def test_if_nobody_takes_its_output_the_chief_saves_and_ends(few_digits, tmp_path):
-    process = fork('-m', 'extras.replica', '--workers=2', '--max_steps=100000', '--batch_size=5',
+    process = fork('-m', 'extras.replica', '--workers=1', '--max_steps=100000', '--batch_size=5',
                    '--data_dir', few_digits, '--model_dir', tmp_path)
     assert process.stdout.readline().startswith('step ')
     process.stdout.close()  # as by `| head -1`
@@ -297,10 +304,10 @@ def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path, few_
     worker.kill()
     worker.wait(60)  # its address is free then
     if not mode:  # one that is gone for good leaves the others going
-        until(checkpoint_after(model, newest(model) + 10), chief)
+        until(checkpoint_after(model, newest(model) + 5), chief)
     worker = tasks.start('worker', 1)
     joined(worker)
-    until(checkpoint_after(model, max(newest(model), 0) + 10), chief)
+    until(checkpoint_after(model, max(newest(model), 0) + 5), chief)
 
     # With the ps, its steps since the last whole checkpoint are lost.
     chief.send_signal(signal.SIGSTOP)
@@ -322,14 +329,14 @@ def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path, few_
 
     chief.kill()
     chief.communicate()
-    last = newest(model) + 10
+    last = newest(model) + 5
     if mode:
         assert tasks.start('worker', 0, code=KILLED_BETWEEN).wait(120) == -signal.SIGKILL
         chief = tasks.start('worker', 0, code=CUT_OFF)
         for _ in range(2):
             assert next_line(chief).startswith('going on from step')
             assert next_line(chief).startswith('a parameter server was lost; training goes on')
-        until(checkpoint_after(model, newest(model) + 10), chief)
+        until(checkpoint_after(model, newest(model) + 5), chief)
     else:
         chief = tasks.start('worker', 0, '--max_steps', last, code=SHORT_LIVED)
         assert chief.wait(120) == -signal.SIGKILL
@@ -350,8 +357,8 @@ def test_a_signal_that_all_tasks_get_keeps_the_network(number, mode, cluster, tm
     tasks, model = cluster(2, 100000, '--save_checkpoints_steps=100000', *mode), tmp_path / 'model'
     server, chief, worker = tasks.start('ps'), *(
         tasks.start('worker', index, code=HASTY) for index in range(2))
-    for step in (0, 1):
-        assert chief.stdout.readline().startswith(f'step {step}')
+    joined(worker)
+    assert [chief.stdout.readline() for _ in range(5)].count('one more\n') == 4  # after "step 0"
     worker.send_signal(number)
     assert worker.wait(60) == 128 + number  # with --sync_replicas, a step now waits for ever
     assert own_lines(worker.stderr.read()).endswith('stopped\n')
@@ -360,11 +367,11 @@ def test_a_signal_that_all_tasks_get_keeps_the_network(number, mode, cluster, tm
     errors = own_lines(chief.communicate(timeout=60)[1])
     assert chief.returncode == server.wait(60) == 128 + number
     assert errors == f'stopped at step {newest(model)}, kept in {model}\n'
-    assert newest(model) >= 100
+    assert newest(model) > 0
 
 
 def test_tasks_that_wait_say_for_whom_and_end_when_the_training_is_over(cluster, tmp_path):
-    tasks, model = cluster(3, 120, host=HOST6), tmp_path / 'model'
+    tasks, model = cluster(3, 30, host=HOST6), tmp_path / 'model'
     ps, (chief_at, *_) = *tasks.addresses['ps'], tasks.addresses['worker']
 
     def says(process, line):
@@ -383,16 +390,17 @@ def test_tasks_that_wait_say_for_whom_and_end_when_the_training_is_over(cluster,
     says(worker, f'the chief, worker 0 at {chief_at}')
     chief = tasks.start('worker', 0, code=IMPATIENT)
     joined(worker)
+    for process in (chief, worker):
+        process.send_signal(signal.SIGSTOP)
     late = tasks.start('worker', 2, '--max_steps=100000', code=IMPATIENT)
     joined(late)
-    server.send_signal(signal.SIGSTOP)
+    for process in (late, server):
+        process.send_signal(signal.SIGSTOP)
+    chief.send_signal(signal.SIGCONT)
     says(chief, f'an answer of the parameter server at {ps}')
     server.send_signal(signal.SIGCONT)
-    until(checkpoint_after(model, newest(model)), chief)
 
     # Those whose machines sleep while all others end: by the checkpoints, it was the end, or not.
-    for process in (worker, late):
-        process.send_signal(signal.SIGSTOP)
     output, errors = chief.communicate(timeout=120)
     assert chief.returncode == server.wait(60) == 0 and 'test accuracy' in output, errors
     for process in (worker, late):
