@@ -340,6 +340,14 @@ def test_faint_ink_on_clean_paper_is_read(digit):
     assert same(drawn(digit, shades=(5, 0)), drawn(digit))
 
 
+def test_where_a_stroke_is_fainter_it_goes_on():
+    for digit in range(10):
+        ink = 255 - np.asarray(drawn(digit), float)
+        ink[80:91] *= 0.4
+        image = pictures.normalise(np.uint8(255 - 0.85 * ink)).reshape(28, 28)
+        assert ndimage.label(image > 0.3, np.ones([3, 3]))[1] == 1, digit
+
+
 @pytest.mark.parametrize('digit', range(10))
 def test_a_date_stamp_the_edge_of_a_sheet_and_a_dark_strip_are_not_the_digit(digit):
     random = np.random.RandomState(digit)
