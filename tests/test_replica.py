@@ -219,7 +219,8 @@ def test_two_workers_go_on_each_in_its_own_order(flags, end, passed_over, twelve
     for first, *others in drawn.values():
         order = orders[firsts.index(first)]
         assert others == [order.next_batch(5)[1].tolist() for _ in others]
-        assert len(others) > passed_over
+    steps = (end - 12) * (2 if '--sync_replicas' in flags else 1)  # of both workers
+    assert sum(map(len, drawn.values())) >= steps + 2 * passed_over
 
     # And each other script goes on with what a cluster has kept.
     mnist_deep.main([f'--max_steps={end + 2}', f'--data_dir={few_digits}',
@@ -329,7 +330,7 @@ def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path, few_
 
     chief.kill()
     chief.communicate()
-    last = newest(model) + 5
+    last = newest(model) + 7  # where no checkpoint is due otherwise
     if mode:
         assert tasks.start('worker', 0, code=KILLED_BETWEEN).wait(120) == -signal.SIGKILL
         chief = tasks.start('worker', 0, code=CUT_OFF)
