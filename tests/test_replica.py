@@ -330,7 +330,7 @@ def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path, few_
 
     chief.kill()
     chief.communicate()
-    last = newest(model) + 7  # where no checkpoint is due otherwise
+    last = newest(model) + 5
     if mode:
         assert tasks.start('worker', 0, code=KILLED_BETWEEN).wait(120) == -signal.SIGKILL
         chief = tasks.start('worker', 0, code=CUT_OFF)
@@ -339,7 +339,8 @@ def test_each_task_may_be_killed_and_started_again(mode, cluster, tmp_path, few_
             assert next_line(chief).startswith('a parameter server was lost; training goes on')
         until(checkpoint_after(model, newest(model) + 5), chief)
     else:
-        chief = tasks.start('worker', 0, '--max_steps', last, code=SHORT_LIVED)
+        chief = tasks.start('worker', 0, '--max_steps', last, '--save_checkpoints_steps=100000',
+                            code=SHORT_LIVED)
         assert chief.wait(120) == -signal.SIGKILL
         assert newest(model) >= last  # it saves before it evaluates; the other may be further
         for _ in range(2):  # the second time, as if it had been killed as it ended
