@@ -6,6 +6,7 @@ own. What is about starting and ending Python itself is tested with real starts 
 """
 
 import atexit
+import contextlib
 import multiprocessing.forkserver
 import multiprocessing.reduction
 import os
@@ -58,7 +59,8 @@ class Fork(FORKS.Process):
         return self.exitcode
 
     def send_signal(self, number):
-        os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended: no error for Popen, too
+            os.kill(self.pid, number)
 
     def communicate(self, timeout=300):
         said = {}
