@@ -34,8 +34,8 @@ def after_run(*arguments):
     ran(*arguments)
 replica.Worker.after_run = after_run
 """
-# A task that tells what it waits for three times a second.
-IMPATIENT = 'assert (replica.PATIENCE, replica.LAST_LINE) == (30, 10)\nreplica.PATIENCE = 0.3'
+# A task that tells what it waits for ten times a second.
+IMPATIENT = 'assert (replica.PATIENCE, replica.LAST_LINE) == (30, 10)\nreplica.PATIENCE = 0.1'
 STUBBORN = f'{IMPATIENT}\nreplica.LAST_LINE = 10**9'
 # A worker that tells of each step, and does not wait long for a last step that never ends.
 HASTY = """
@@ -55,7 +55,7 @@ mnist_deep.in_batches = in_batches
 # A chief that is killed when it has taken the gradients, and not yet applied their mean.
 KILLED_BETWEEN = """
 def average(self, session):
-    time.sleep(2)  # by then, both workers wait for the end of the step
+    time.sleep(1)  # by then, both workers wait for the end of the step
     takes = [operation for operation in session.graph.get_operations()
              if operation.type.endswith('AccumulatorTakeGradient')]
     session.run(takes, {take.inputs[1]: 1 for take in takes})  # however many are there
