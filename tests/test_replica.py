@@ -373,7 +373,7 @@ def test_a_signal_that_all_tasks_get_keeps_the_network(number, mode, cluster, tm
 
 
 def test_tasks_that_wait_say_for_whom_and_end_when_the_training_is_over(cluster, tmp_path):
-    tasks, model = cluster(3, 30, host=HOST6), tmp_path / 'model'
+    tasks, model = cluster(3, 50, host=HOST6), tmp_path / 'model'
     ps, (chief_at, *_) = *tasks.addresses['ps'], tasks.addresses['worker']
 
     def says(process, line):
