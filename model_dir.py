@@ -19,6 +19,9 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 
 CHECKPOINT = 'mnist_deep.ckpt'  # what the checkpoints' file names begin with
+# What TensorFlow raises where a file cannot be read or written: its C++ code's errors also come as
+# Python's own, such as IndexError at a limit of file sizes (ulimit -f).
+FILE_ERRORS = tf.errors.OpError, RuntimeError, ValueError, IndexError
 
 
 class ModelDir:
@@ -167,7 +170,7 @@ class Checkpoints:
                             write_meta_graph=False)
         except (tf.errors.AbortedError, tf.errors.UnavailableError):
             raise  # a machine of a cluster is gone
-        except (tf.errors.OpError, OSError, RuntimeError, ValueError) as error:
+        except (*FILE_ERRORS, OSError) as error:
             refuse_gone(self.folder, self.lock)  # before something of another training is removed
             remove_temporary_files(self.folder)
             kept = (f'that of step {self.last_step} is kept' if self.last_step
@@ -225,7 +228,7 @@ def find_checkpoint(folder, variables, advice='name a new folder'):
                 values = np.asarray(reader.get_tensor(name))  # which compares its checksum
                 if values.dtype.kind == 'f' and not np.isfinite(values).all():
                     raise ValueError(f'{name} is not a number')
-        except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:
+        except FILE_ERRORS as error:
             if reason(error) == os.strerror(errno.EACCES):
                 raise OSError(f'--model_dir {folder}: {reason(error)}: its checkpoint may not be '
                               'read; ask its owner for that, or name another folder') from error
@@ -521,7 +524,7 @@ class Events:
         self.quiet.enter_context(quiet_writer())
         try:
             self.writer = tf.summary.FileWriter(self.folder, filename_suffix=f'.from_step_{step}')
-        except (tf.errors.OpError, OSError, RuntimeError) as error:
+        except (*FILE_ERRORS, OSError) as error:
             self.note(error)
 
     def write(self, method, *arguments):
@@ -529,7 +532,7 @@ class Events:
         if self.writer and not self.fault:
             try:
                 getattr(self.writer, method)(*arguments)
-            except (tf.errors.OpError, OSError, RuntimeError) as error:
+            except (*FILE_ERRORS, OSError) as error:
                 self.note(error)
 
     def note(self, error):

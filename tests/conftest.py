@@ -273,6 +273,16 @@ class Disk:
         (self.folder / '.filler').unlink(missing_ok=True)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Lets files grow again, see `Disk`, before pytest writes how the test has ended."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        return (yield)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A `Disk`; the test's folder "model" is on it."""

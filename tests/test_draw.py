@@ -293,14 +293,15 @@ def test_a_full_disk_is_told_and_the_training_goes_on_and_is_saved_later(
     assert networks.kept.checkpoints.last_step in (networks.step, networks.step + 1)
 
 
-def test_if_the_last_step_cannot_be_saved_that_is_how_it_ends(new_networks, disk):
+def test_if_the_last_step_cannot_be_saved_that_is_how_it_ends(new_networks, disk, capsys):
     networks = new_networks()
     networks.keep(training_flags(disk.folder, 1000))
     networks.thread.start()
     until(lambda: networks.step > 1)
     disk.fill()
-    with pytest.raises(OSError, match='cannot be saved'):
+    with pytest.raises(OSError, match='cannot be saved') as unsaved:
         networks.stop(model_dir.Stopped(signal.SIGINT))
+    assert capsys.readouterr().err == f'{unsaved.value}\n'
 
 
 def test_a_seed_repeats_a_training_whatever_is_asked_meanwhile(new_networks):

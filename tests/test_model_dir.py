@@ -506,15 +506,16 @@ def test_a_hangup_that_is_ignored_as_after_nohup_stays_so(train, monkeypatch):
         signal.signal(signal.SIGHUP, usual)
 
 
-def test_when_saving_fails_after_a_signal_the_error_is_told(train, monkeypatch, capsys):
-    def full(*args, **kwargs):
-        raise tf.errors.ResourceExhaustedError(None, None, 'model/x; No space left on device')
+def test_when_saving_fails_after_a_signal_the_error_is_told(train, disk, monkeypatch, capsys):
+    def fill_and_stop(step):
+        if step == 2:
+            disk.fill()
+            signal.raise_signal(signal.SIGINT)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(tf.train.Saver, 'save', full)
-    signals_at({2: signal.SIGINT}, monkeypatch)
+    watch_batches(monkeypatch, fill_and_stop)
     assert mnist_deep.run(lambda: train('--max_steps=50')) == 2
     line, = capsys.readouterr().err.splitlines()
-    assert line.endswith('the checkpoint of step 3 cannot be saved (No space left on device); '
+    assert line.endswith(f'the checkpoint of step 3 cannot be saved ({disk.reason}); '
                          'there is no earlier one')
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 

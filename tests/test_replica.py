@@ -207,7 +207,7 @@ def test_two_workers_go_on_each_in_its_own_order(flags, end, passed_over, twelve
     *lines, last = output.splitlines()
     shown = [re.fullmatch(r'step (\d+), training accuracy [01](\.\d+)?', line) for line in lines]
     assert [int(match[1]) // 100 for match in shown] == list(range(end // 100 + 1))
-    assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > (0.5 if end > 100 else 0)
+    assert float(re.fullmatch(r'test accuracy (0\.\d+)', last)[1]) > (0.5 if end > 100 else 0.4)
     assert newest(tmp_path / 'model') in ([end] if flags else [end, end + 1])
 
     # Each one has gone on in an order of its own, after its share of the steps.
